@@ -1,0 +1,311 @@
+"""`millpond learn`: data, training, evaluation, export, and the job that the hub starts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich import progress
+from rich.console import Console
+from rich.table import Table
+
+from millpond.settings import LearnSettings, load
+
+if TYPE_CHECKING:
+    from millpond.learn.datasets import Dataset
+    from millpond.learn.evaluate import Evaluation
+    from millpond.schema import JobProgress
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Machine output.")]
+CorpusName = Annotated[str | None, typer.Option("--corpus", help="A named corpus; see `millpond learn data`.")]
+DataFile = Annotated[Path | None, typer.Option("--file", help="A CSV, TSV, JSONL or Parquet file to train on.")]
+TestFile = Annotated[Path | None, typer.Option(help="A second file to test on.")]
+TextColumn = Annotated[str, typer.Option("--text", help="Column with the text.")]
+LabelColumn = Annotated[str, typer.Option("--label", help="Column with the label.")]
+SplitColumn = Annotated[str | None, typer.Option("--split", help="Column that says train, validation or test.")]
+RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="A recipe (TOML); other options change it.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, pool:0 …; auto: the accelerator if there is one.")]
+
+
+@app.command()
+def data(
+    name: Annotated[str | None, typer.Argument(help="A corpus to fetch; without it, all are listed.")] = None,
+    source: Annotated[Path | None, typer.Option("--from", help="Take the corpus from this directory.")] = None,
+    file: DataFile = None,
+    test_file: TestFile = None,
+    text: TextColumn = "text",
+    label: LabelColumn = "label",
+    split: SplitColumn = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the named corpora, fetch one (resumed where it was cut), or check a file as training would read it."""
+    from millpond.learn import corpora
+    from millpond.learn.datasets import read_files
+
+    if file is not None:
+        _show_dataset(read_files(file.stem, file, test_file, text=text, label=label, split=split), as_json)
+    elif name is None:
+        _list_corpora(as_json)
+    elif source is not None:
+        _show_dataset(corpora.prepare(name, source, _settings()), as_json)
+    else:
+        with _fetching(name) as on_bytes:
+            _show_dataset(corpora.load(name, _settings(), on_bytes=on_bytes), as_json)
+
+
+@app.command()
+def train(
+    recipe_file: RecipeFile = None,
+    corpus: CorpusName = None,
+    file: DataFile = None,
+    test_file: TestFile = None,
+    text: TextColumn = "text",
+    label: LabelColumn = "label",
+    split: SplitColumn = None,
+    model: Annotated[str | None, typer.Option(help="ngram (default) or seqcnn.")] = None,
+    option: Annotated[list[str] | None, typer.Option(help="An option of the model, name=value; repeatable.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Times through the training rows.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Texts a step.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Step size of Adam.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of splits, order and first weights.")] = None,
+    train_rows: Annotated[int | None, typer.Option(help="Use this many training rows only.")] = None,
+    validation: Annotated[float | None, typer.Option(help="Share held back to choose the best epoch.")] = None,
+    device: Device = "auto",
+    out: Annotated[Path | None, typer.Option(help="Directory of the run; default: runs/ under the home.")] = None,
+    name: Annotated[str, typer.Option(help="Name that the model carries.")] = "sentiment",
+    as_json: AsJson = False,
+) -> None:
+    """Train a model, measure it on the test split once, write model, metrics and pictures into a run directory."""
+    from millpond.learn.recipes import read_recipe
+    from millpond.learn.run import run
+
+    changes = {
+        "data": _data_changes(corpus, file, test_file, text, label, split),
+        "model": {"architecture": model, "options": dict(map(_option, option or []))},
+        "training": {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate},
+        "seed": seed,
+        "train_rows": train_rows,
+        "validation": validation,
+    }
+    recipe = read_recipe(recipe_file, changes)
+    with _Bar() as report:
+        done = run(recipe, _settings(), device=device, name=name, out=out, report=report)
+    if as_json:
+        typer.echo(json.dumps(done.summary(), indent=2))
+        return
+    _show_bad_rows(done.dataset)
+    _show_evaluation(done.evaluation, done.dataset)
+    if done.trained.training.interrupted:
+        best = done.trained.training.best
+        _console().print(f"Interrupted: the model is that of {f'epoch {best}' if best else 'the unfinished epoch'}.")
+    stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in done.watch.seconds.items())
+    _console().print(f"{stages}\nRun: {done.directory}")
+
+
+@app.command()
+def evaluate(
+    model_dir: Annotated[Path, typer.Argument(help="A model directory, or a run that holds one.")],
+    recipe_file: RecipeFile = None,
+    corpus: CorpusName = None,
+    file: DataFile = None,
+    test_file: TestFile = None,
+    text: TextColumn = "text",
+    label: LabelColumn = "label",
+    split: SplitColumn = None,
+    device: Device = "auto",
+    out: Annotated[Path | None, typer.Option(help="Directory for picture, metrics and worst mistakes.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a model on the test split of a corpus or file."""
+    from millpond.learn.recipes import read_recipe
+    from millpond.learn.run import measure
+
+    recipe = read_recipe(recipe_file, {"data": _data_changes(corpus, file, test_file, text, label, split)})
+    directory = model_dir / "model" if (model_dir / "model").is_dir() else model_dir
+    dataset, evaluation = measure(directory, recipe, _settings(), device=device, out=out)
+    if as_json:
+        from msgspec import to_builtins
+
+        typer.echo(json.dumps(to_builtins(evaluation), indent=2))
+        return
+    _show_bad_rows(dataset)
+    _show_evaluation(evaluation, dataset)
+
+
+@app.command()
+def export(
+    run_dir: Annotated[Path, typer.Argument(help="A run (or model directory) to sign and push.")],
+    name: Annotated[str | None, typer.Option(help="Name in the registry; default: the one it has.")] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="A tag to give it, such as candidate; repeatable.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Give a trained model its version, sign it, push it into the registry."""
+    from millpond.learn.publish import publish
+    from millpond.settings import RegistrySettings, load
+
+    directory = run_dir / "model" if (run_dir / "model").is_dir() else run_dir
+    pushed = publish(directory, load(RegistrySettings), name=name, tags=tag or [])
+    if as_json:
+        typer.echo(json.dumps({"name": pushed.name, "version": pushed.version, "digest": pushed.digest}))
+        return
+    _console().print(f"{pushed.name} {pushed.version} {pushed.digest}")
+
+
+@app.command()
+def job(
+    directory: Annotated[Path, typer.Argument(help="The job's directory: job.json and what it names.")],
+    device: Device = "auto",
+) -> None:
+    """Do a training job as the hub asks for: train with its corrections, compare, sign, push, write result.json."""
+    from millpond.process import die_with_parent
+
+    die_with_parent()
+    from millpond.learn.job import do_job
+
+    with _Bar() as report:
+        result = do_job(directory, _settings(), device=device, on_progress=report)
+    typer.echo(f"{result.version} {result.digest}: test accuracy {result.test.candidate_accuracy:.4f}")
+
+
+# --- what is shown -----------------------------------------------------------------------------------------------
+
+
+def _settings() -> LearnSettings:
+    return load(LearnSettings)
+
+
+def _console(*, stderr: bool = False) -> Console:
+    return Console(stderr=stderr, highlight=False)
+
+
+def _data_changes(
+    corpus: str | None, file: Path | None, test_file: Path | None, text: str, label: str, split: str | None
+) -> dict[str, str | None]:
+    """Return what the options change of a recipe's [data]; columns only count where a file is named."""
+    if file is None:
+        return {"corpus": corpus}
+    paths = {"file": str(file.resolve()), "test_file": str(test_file.resolve()) if test_file else None}
+    return {"corpus": corpus, "text": text, "label": label, "split": split} | paths
+
+
+def _option(given: str) -> tuple[str, int | float | str]:
+    """Read `name=value`; a number is a number."""
+    name, equals, value = given.partition("=")
+    if not equals:
+        raise typer.BadParameter(f"{given!r} is not name=value", param_hint="--option")
+    for kind in (int, float):
+        try:
+            return name, kind(value)
+        except ValueError:
+            continue
+    return name, value
+
+
+class _Bar:
+    """Shows a run on stderr: on a terminal as a bar with stage, loss, accuracy and rate, elsewhere as lines."""
+
+    def __enter__(self) -> Callable[[JobProgress], None]:
+        shown = progress.TextColumn("{task.description:<9}"), progress.BarColumn(), progress.TimeRemainingColumn()
+        last = progress.TextColumn("{task.fields[shown]}")
+        console = _console(stderr=True)
+        self._bar = progress.Progress(*shown, last, console=console, transient=True, disable=not console.is_terminal)
+        self._task = self._bar.add_task("data", total=None, shown="")
+        self._last_line = ""
+        self._bar.start()
+        return self._report
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._bar.stop()
+
+    def _report(self, at: JobProgress) -> None:
+        shown = at.note if at.loss is None else f"loss {at.loss:.4f}  accuracy {at.accuracy or 0:.2%}  {at.note}"
+        if not self._bar.disable:
+            self._bar.update(self._task, description=at.stage, total=at.total or None, completed=at.done, shown=shown)
+        elif (line := at.note.partition(",")[0]) != self._last_line or at.done == at.total:
+            # Once at the beginning of each epoch or stage, and at the end of training.
+            self._last_line = line
+            typer.echo(f"{at.stage:<9} {shown}", err=True)
+
+
+@contextmanager
+def _fetching(name: str) -> Iterator[Callable[[int], None]]:
+    from millpond.learn import corpora
+
+    total = corpora.CORPORA[name].fetched_bytes if name in corpora.CORPORA else None
+    shown = progress.TextColumn("{task.description}"), progress.BarColumn(), progress.DownloadColumn()
+    rate = progress.TransferSpeedColumn(), progress.TimeRemainingColumn()
+    with progress.Progress(*shown, *rate, console=_console(stderr=True), transient=True) as bar:
+        task = bar.add_task(f"fetching {name}", total=total)
+        yield lambda count: bar.update(task, completed=count)
+
+
+def _list_corpora(as_json: bool) -> None:
+    from millpond.learn import corpora
+
+    settings = _settings()
+    places = {name: corpora.place(name, settings) for name in corpora.CORPORA}
+    if as_json:
+        rows = [
+            {
+                "name": corpus.name,
+                "summary": corpus.summary,
+                "licence": corpus.licence,
+                "official_test": corpus.official_test,
+                "fetched_bytes": corpus.fetched_bytes,
+                "place": str(places[corpus.name]) if places[corpus.name] else None,
+            }
+            for corpus in corpora.CORPORA.values()
+        ]
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    table = Table("corpus", "what it is", "on this machine")
+    for corpus in corpora.CORPORA.values():
+        fetch = f"no; fetch it ({corpus.fetched_bytes / 1e6:.0f} MB):\nmillpond learn data {corpus.name}"
+        table.add_row(corpus.name, f"{corpus.summary}\n({corpus.licence})", str(places[corpus.name] or fetch))
+    _console().print(table)
+
+
+def _show_dataset(dataset: Dataset, as_json: bool) -> None:
+    splits = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
+    counts = {
+        name: {label: int((split.labels == i).sum()) for i, label in enumerate(dataset.labels)}
+        for name, split in splits.items()
+        if split is not None
+    }
+    if as_json:
+        shown = {"name": dataset.name, "digest": dataset.digest, "source": dataset.source, "rows": counts}
+        bad = [{"where": where, "why": why} for where, why in dataset.bad_rows.first]
+        official = {"official_test": dataset.official_test}
+        typer.echo(json.dumps(shown | official | {"bad_rows": dataset.bad_rows.count, "first_bad_rows": bad}, indent=2))
+        return
+    table = Table("split", "rows", "labels")
+    for name, by_label in counts.items():
+        shares = ", ".join(f"{label} {count:,}" for label, count in list(by_label.items())[:10])
+        table.add_row(name, f"{sum(by_label.values()):,}", shares + (", …" if len(by_label) > 10 else ""))
+    _console().print(table, f"{dataset.name} {dataset.digest}\nfrom {dataset.source}", sep="\n")
+    _show_bad_rows(dataset)
+
+
+def _show_bad_rows(dataset: Dataset) -> None:
+    if dataset.bad_rows.count:
+        _console().print(f"{dataset.bad_rows.count:,} bad rows were not used:\n{dataset.bad_rows}", markup=False)
+
+
+def _show_evaluation(evaluation: Evaluation, dataset: Dataset) -> None:
+    table = Table("label", "rows", "precision", "recall", "F1")
+    for score in evaluation.classes[:50]:
+        numbers = (f"{value:.4f}" for value in (score.precision, score.recall, score.f1))
+        table.add_row(score.label, f"{score.rows:,}", *numbers)
+    split = "official test split" if dataset.official_test else "test split"
+    _console().print(table)
+    _console().print(
+        f"{dataset.name}, {split}, {evaluation.rows:,} texts: accuracy {evaluation.accuracy:.2%}, "
+        f"macro F1 {evaluation.macro_f1:.4f}, log loss {evaluation.log_loss:.4f}, "
+        f"calibration error {evaluation.calibration_error:.4f}"
+    )

@@ -1,0 +1,252 @@
+"""Settings: one frozen dataclass per program, filled from `MILLPOND_*` variables.
+
+`MILLPOND_<PROGRAM>_<FIELD>` sets a field; `MILLPOND_HOME` and `MILLPOND_DATA` are shared by all programs.
+A secret `X` may also come from the file that `X_FILE` names. `millpond settings` prints every value and its
+source, secrets masked; `docs/reference/settings.md` lists them, and a test keeps that list complete.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+import os
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from millpond import MillpondError
+
+T = TypeVar("T")
+
+
+class SettingsError(MillpondError):
+    """A setting cannot be used; the message names the variable, its value and what would be accepted."""
+
+
+def _setting(help: str, *, default: Any = dataclasses.MISSING, secret: bool = False, shared: str = "") -> Any:
+    """Declare a field: its help line, default, whether it is secret, and the variable if not the usual one."""
+    return field(default=default, metadata={"help": help, "secret": secret, "variable": shared})
+
+
+def default_home() -> Path:
+    """Return where state lies unless `MILLPOND_HOME` says otherwise; an empty HOME is no obstacle."""
+    base = os.environ.get("XDG_DATA_HOME") or (Path(os.environ.get("HOME") or "/tmp") / ".local/share")  # noqa: S108
+    return Path(base) / "millpond"
+
+
+def _home() -> Any:
+    return field(
+        default_factory=default_home,
+        metadata={"help": "Where all state lies.", "secret": False, "variable": "MILLPOND_HOME"},
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolSettings:
+    """`millpond pool serve`, and the address and token its clients use."""
+
+    home: Path = _home()
+    bind: str = _setting("Address the broker listens on; anything but loopback needs a token.", default="127.0.0.1")
+    port: int = _setting("Port the broker listens on; 0 picks a free one.", default=7070)
+    address: str = _setting("Where clients find the broker, host:port.", default="127.0.0.1:7070")
+    token: str = _setting("Shared secret between broker and clients.", default="", secret=True)
+    memory: str = _setting("Memory offered by a CPU device, such as 8GiB; empty: half of the host's.", default="")
+    heartbeat_s: float = _setting("Seconds between a client's heartbeats.", default=2.0)
+    lost_after_s: float = _setting("Seconds without a sign of life after which a peer counts as lost.", default=8.0)
+    idle_limit_s: float = _setting("Seconds without any op after which a lease expires; 0: never.", default=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnSettings:
+    """`millpond learn`."""
+
+    home: Path = _home()
+    data: Path | None = _setting(
+        "Directory with corpora already on this machine.", default=None, shared="MILLPOND_DATA"
+    )
+    threads: int = _setting("Processor threads for training; 0: as many as there are cores.", default=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegistrySettings:
+    """`millpond registry`, and the keys that models are signed and verified with."""
+
+    home: Path = _home()
+    root: Path | None = _setting("Directory of the registry; default: registry/ under the home.", default=None)
+    private_key: Path | None = _setting(
+        "Key that signs models; default: keys/signing.key under the home.", default=None
+    )
+    public_key: Path | None = _setting(
+        "Key that verifies models; default: keys/signing.pub under the home.", default=None
+    )
+
+    @property
+    def root_path(self) -> Path:
+        """Return the directory of the registry."""
+        return self.root or self.home / "registry"
+
+    @property
+    def private_key_path(self) -> Path:
+        """Return the path of the signing key."""
+        return self.private_key or self.home / "keys/signing.key"
+
+    @property
+    def public_key_path(self) -> Path:
+        """Return the path of the verifying key."""
+        return self.public_key or self.home / "keys/signing.pub"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubSettings:
+    """`millpond hub`."""
+
+    home: Path = _home()
+    bind: str = _setting("Address the hub listens on; anything but loopback needs tokens.", default="127.0.0.1")
+    port: int = _setting("Port the hub listens on; 0 picks a free one.", default=7080)
+    database: str = _setting("SQLAlchemy URL; empty: hub/hub.db under the home.", default="", secret=True)
+    model: str = _setting("Name of the model that this hub looks after.", default="sentiment")
+    recipe: Path | None = _setting("Recipe (TOML) that says what a training job trains on.", default=None)
+    train_command: str = _setting(
+        "Command of a training job; the job's directory is appended.", default="millpond learn job"
+    )
+    retrain_after: int = _setting("Accepted corrections that start a retraining; 0: only by hand.", default=200)
+    job_timeout_s: float = _setting("Seconds after which a training job is stopped.", default=7200.0)
+    job_attempts: int = _setting("Times a failed training job is tried in all.", default=3)
+    edge_token: str = _setting("Token of the edges: pull models, send corrections.", default="", secret=True)
+    reviewer_token: str = _setting("Token of the reviewers: judge corrections.", default="", secret=True)
+    operator_token: str = _setting("Token of the operators: everything.", default="", secret=True)
+    max_request_bytes: int = _setting("Largest request body, in bytes.", default=8 * 1024 * 1024)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EdgeSettings:
+    """`millpond edge`."""
+
+    home: Path = _home()
+    name: str = _setting("Name of this edge at the hub; empty: the host's name.", default="")
+    bind: str = _setting("Address the edge listens on; anything but loopback needs a token.", default="127.0.0.1")
+    port: int = _setting("Port the edge listens on; 0 picks a free one.", default=7090)
+    workers: int = _setting("Web worker processes.", default=2)
+    token: str = _setting(
+        "Token that callers of this edge must give; empty: none (loopback only).", default="", secret=True
+    )
+    hub: str = _setting("URL of the hub; empty: serve what is here, keep corrections.", default="")
+    hub_token: str = _setting("Token that this edge gives the hub.", default="", secret=True)
+    model: str = _setting("Name of the model to serve.", default="sentiment")
+    tag: str = _setting("Tag to follow.", default="champion")
+    public_key: Path | None = _setting(
+        "Key that verifies models; default: keys/signing.pub under the home.", default=None
+    )
+    sync_s: float = _setting("Seconds between looks at the hub.", default=5.0)
+    keep_versions: int = _setting("Model versions kept on disk, the served one included.", default=3)
+    threads: int = _setting("Inference threads per worker.", default=1)
+    max_texts: int = _setting("Most texts in one request.", default=256)
+    max_text_bytes: int = _setting("Longest single text, in bytes of UTF-8.", default=1024 * 1024)
+    max_request_bytes: int = _setting("Largest request body, in bytes.", default=4 * 1024 * 1024)
+    keep_predictions: int = _setting("Predictions remembered so that feedback may name them.", default=100_000)
+    max_outbox: int = _setting("Most corrections waiting for the hub; more are refused with 507.", default=1_000_000)
+
+    @property
+    def public_key_path(self) -> Path:
+        """Return the path of the verifying key."""
+        return self.public_key or self.home / "keys/signing.pub"
+
+
+PROGRAMS: dict[str, type] = {
+    "pool": PoolSettings,
+    "learn": LearnSettings,
+    "registry": RegistrySettings,
+    "hub": HubSettings,
+    "edge": EdgeSettings,
+}
+
+
+def variable_of(program: str, setting: dataclasses.Field[Any]) -> str:
+    """Return the environment variable of a field."""
+    return str(setting.metadata["variable"]) or f"MILLPOND_{program}_{setting.name}".upper()
+
+
+def load(settings_class: type[T], environ: Mapping[str, str] | None = None, **overrides: Any) -> T:
+    """Fill a settings dataclass from the environment; `overrides` that are not None win.
+
+    Raises:
+        SettingsError: a variable cannot be read as its field's type, or a secret's file cannot be read.
+    """
+    environ = os.environ if environ is None else environ
+    program = next(name for name, known in PROGRAMS.items() if known is settings_class)
+    hints = typing.get_type_hints(settings_class)
+    values: dict[str, Any] = {}
+    for setting in dataclasses.fields(settings_class):  # type: ignore[arg-type]
+        if overrides.get(setting.name) is not None:
+            values[setting.name] = overrides[setting.name]
+            continue
+        variable = variable_of(program, setting)
+        text = environ.get(variable, "")
+        if not text and setting.metadata["secret"] and environ.get(f"{variable}_FILE"):
+            text = _read_secret(variable, Path(environ[f"{variable}_FILE"]))
+        if text:
+            values[setting.name] = _parse(variable, text, hints[setting.name], bool(setting.metadata["secret"]))
+    return settings_class(**values)
+
+
+def describe(program: str, environ: Mapping[str, str] | None = None) -> Iterator[tuple[str, str, str, str]]:
+    """Yield (variable, value with secrets masked, where it came from, help) for each field of a program."""
+    environ = os.environ if environ is None else environ
+    settings_class = PROGRAMS[program]
+    loaded: Any = load(settings_class, environ)
+    for setting in dataclasses.fields(settings_class):
+        variable = variable_of(program, setting)
+        value = getattr(loaded, setting.name)
+        secret = setting.metadata["secret"]
+        shown = ("(set)" if value else "(not set)") if secret else "" if value is None else str(value)
+        source = "environment" if environ.get(variable) else "default"
+        if source == "default" and secret and environ.get(f"{variable}_FILE"):
+            source = "file"
+        yield variable, shown, source, setting.metadata["help"]
+
+
+def is_loopback(bind: str) -> bool:
+    """Return whether an address can be reached from this machine alone."""
+    if bind == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(bind).is_loopback
+    except ValueError:
+        return False
+
+
+def check_exposure(program: str, bind: str, **tokens: str) -> None:
+    """Refuse to listen beyond loopback without every one of `tokens` (variable suffix → value).
+
+    Raises:
+        SettingsError: the bind address is not loopback and a token is missing.
+    """
+    if is_loopback(bind):
+        return
+    missing = [f"MILLPOND_{program}_{name}".upper() for name, value in tokens.items() if not value]
+    if missing:
+        raise SettingsError(
+            f"millpond {program} will not listen on {bind}: anyone who reaches that address could use it. "
+            f"Set {', '.join(missing)} (or {missing[0]}_FILE), or bind 127.0.0.1."
+        )
+
+
+def _read_secret(variable: str, path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{variable}_FILE names {path}, which cannot be read: {error}") from error
+
+
+def _parse(variable: str, text: str, hint: Any, secret: bool) -> Any:
+    if isinstance(hint, types.UnionType):
+        hint = next(arg for arg in typing.get_args(hint) if arg is not types.NoneType)
+    try:
+        return Path(text).expanduser() if hint is Path else hint(text)
+    except (ValueError, RuntimeError):
+        shown = "its value" if secret else repr(text)
+        wanted = {int: "a whole number", float: "a number of seconds"}.get(hint, "a path")
+        raise SettingsError(f"{variable} is {shown}, which is not {wanted}. Correct it, or unset it.") from None
