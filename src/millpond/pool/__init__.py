@@ -1,0 +1,1 @@
+"""A shared pool of GPUs, and the PyTorch device that reaches them over the network."""

@@ -1,0 +1,438 @@
+"""The broker: lends this host's devices, starts and watches a worker process for each, and ends them with the lease.
+
+The decisions are the scheduler's; here are the sockets, processes, clock and disk. It runs in one thread and loads
+no torch. A client's lease hangs on its connection; a worker hangs on the broker; nothing outlives it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+
+import msgspec
+
+from millpond import __version__
+from millpond.pool import handshake, lease, transport, wire
+from millpond.pool.attach import LEASE, WORKERS
+from millpond.pool.errors import HandshakeError, LeaseError, WireError
+from millpond.pool.monitor import find_devices
+from millpond.pool.records import Records, hold
+from millpond.pool.scheduler import Decision, Device, End, Lease, Scheduler, Start, Stop, Wait, gib, recall
+from millpond.pool.worker import Orders, Report
+from millpond.settings import PoolSettings, check_exposure
+
+MAX_CLIENTS = 256
+"""Connections of clients that have proved who they are; each has one lease at most."""
+MAX_GREETING = 64
+"""Connections of callers that have not; a further one displaces the oldest."""
+TICK_S = 0.25
+START_S = 120.0
+"""How long a worker may take to start: it loads torch, and makes a context on its device."""
+SILENT_WORKER_S = 60.0
+"""A worker reports every second; one that has not for so long is taken for dead."""
+STOP_S = 5.0
+"""How long the ends of workers and connections may take when the broker stops."""
+MAX_REPORT_BYTES = 4096
+WORKER_COMMAND = (sys.executable, "-m", "millpond.pool.worker")
+SECRETS = ("MILLPOND_POOL_TOKEN", "MILLPOND_POOL_TOKEN_FILE", LEASE, WORKERS)
+"""What a worker must not inherit."""
+
+log = logging.getLogger("millpond.pool")
+
+
+def serve(
+    settings: PoolSettings,
+    *,
+    devices: Sequence[Device] | None = None,
+    worker_command: Sequence[str] = WORKER_COMMAND,
+) -> None:
+    """Lend `devices` (None: this host's) until SIGTERM or Ctrl-C; prints where it listens and what it lends.
+
+    `worker_command` starts a worker; it is given its orders, and reports, as `worker.main`.
+
+    Raises:
+        SettingsError: bound beyond loopback without a token, or a setting cannot be used.
+        PoolError: the port is taken, the devices cannot be used, or another broker has the records.
+    """
+    check_exposure("pool", settings.bind, token=settings.token)
+    lease.check_heartbeat(settings)
+    with hold(settings.home / "pool") as records, transport.listen(settings.bind, settings.port) as listener:
+        devices = find_devices(settings.memory) if devices is None else devices
+        broker = Broker(settings, devices, records, worker_command)
+        asyncio.run(broker.run(listener, lambda: _announce(broker, listener)))
+
+
+def _announce(broker: Broker, listener: socket.socket) -> None:
+    host, port = listener.getsockname()[:2]
+    devices = [f"  device {d.index}: {d.name}, {gib(d.memory_bytes)}" for d in broker.scheduler.devices]
+    print(f"millpond pool: listening on {f'[{host}]' if ':' in host else host}:{port}", *devices, sep="\n", flush=True)  # noqa: T201
+
+
+class Client:
+    """A connection of a client that has proved who it is."""
+
+    def __init__(self, writer: asyncio.StreamWriter) -> None:
+        self.writer = writer
+        self.lease: Lease | None = None
+
+    def send(self, message: wire.Message) -> None:
+        """Send a message, unless the client is gone."""
+        if not self.writer.is_closing():
+            self.writer.write(wire.encode(message))
+
+
+class Worker:
+    """A worker process of a lease."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.process: asyncio.subprocess.Process | None = None
+        self.report: Report | None = None
+        self.ready = asyncio.Event()
+        """Set when it listens, and when it has ended."""
+
+    def kill(self) -> None:
+        """End the process, and what it has started."""
+        if self.process is not None and self.process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+
+
+class Broker:
+    """One pool."""
+
+    def __init__(
+        self,
+        settings: PoolSettings,
+        devices: Sequence[Device],
+        records: Records,
+        worker_command: Sequence[str],
+    ) -> None:
+        self.settings = settings
+        self.records = records
+        self.worker_command = worker_command
+        self.torch = lease.torch_version()
+        self._clock_offset = time.time() - time.monotonic()
+        self.scheduler = Scheduler(
+            devices, settings.lost_after_s, settings.idle_limit_s, recall(records.load(), self.now())
+        )
+        self._greeting: dict[asyncio.StreamWriter, None] = {}
+        self._clients: dict[asyncio.StreamWriter, Client] = {}
+        self._workers: dict[str, list[Worker]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._stop = asyncio.Event()
+
+    def now(self) -> float:
+        """Return seconds since 1970, never going back."""
+        return time.monotonic() + self._clock_offset
+
+    async def run(self, listener: socket.socket, on_ready: Callable[[], None]) -> None:
+        """Serve on a listening socket until SIGTERM, Ctrl-C or `stop`; then end every worker and connection."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stop)
+        self._save()
+        server = await asyncio.start_server(self._attend, sock=listener, backlog=MAX_CLIENTS)
+        try:
+            on_ready()
+            last = self.now()
+            while not self._stop.is_set():
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._stop.wait(), TICK_S)
+                now = self.now()
+                if now - last > TICK_S + self.settings.lost_after_s / 4:
+                    # We were held up, not the clients: what they sent meanwhile is not read yet.
+                    for known in self.scheduler.leases.values():
+                        self.scheduler.client_heard(now, known.id)
+                last = now
+                self._carry_out(self.scheduler.tick(now))
+        finally:
+            server.close()
+            await self._end_all()
+
+    def stop(self) -> None:
+        """Have `run` return."""
+        self._stop.set()
+
+    async def _end_all(self) -> None:
+        for known in [known for known in self.scheduler.leases.values() if known.is_live]:
+            self._end(known, "failed", "the broker was stopped")
+        for writer in [*self._greeting, *self._clients]:
+            writer.close()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=STOP_S)
+
+    # --- callers -------------------------------------------------------------------------------------------------
+
+    async def _attend(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while len(self._greeting) >= MAX_GREETING:
+            oldest = next(iter(self._greeting))
+            del self._greeting[oldest]
+            oldest.transport.abort()
+        self._greeting[writer] = None
+        try:
+            async with asyncio.timeout(transport.GREETING_S):
+                name = await self._greet(reader, writer)
+        except (WireError, HandshakeError, OSError, EOFError) as error:
+            level = logging.WARNING if isinstance(error, HandshakeError) else logging.DEBUG
+            log.log(level, "refused a caller from %s: %s", _peer(writer), error or "it was silent")
+            writer.close()
+            return
+        finally:
+            self._greeting.pop(writer, None)
+        client = Client(writer)
+        if len(self._clients) >= MAX_CLIENTS:
+            client.send(wire.Refused("busy", f"{MAX_CLIENTS} clients are connected already. Try again later."))
+            writer.close()
+            return
+        self._clients[writer] = client
+        log.debug("%s connected from %s", name, _peer(writer))
+        state: End = "failed"
+        why = "its client ended without giving it back"
+        try:
+            while True:
+                async with asyncio.timeout(2 * self.settings.lost_after_s):  # the scheduler ends leases long before
+                    message = await _receive(reader, "to-broker")
+                    self._handle(client, message)
+                    await writer.drain()
+        except WireError as error:
+            why = f"its client sent what it may not: {error}"[:1000]
+            client.send(wire.Refused("malformed", why))
+        except TimeoutError:
+            state, why = "expired", "nothing was heard of its client"
+        except (OSError, EOFError):
+            pass
+        finally:
+            del self._clients[writer]
+            if client.lease is not None:
+                self._end(client.lease, state, why)
+            writer.close()
+
+    async def _greet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> str:
+        opening = handshake.challenge()
+        writer.write(wire.encode(opening))
+        hello = await _receive(reader, "greeting")
+        try:
+            if not isinstance(hello, wire.Hello):
+                raise WireError("it did not greet")
+            writer.write(wire.encode(handshake.admit(opening, hello, self.settings.token, self.torch)))
+        except HandshakeError as error:
+            writer.write(wire.encode(handshake.refusal(error, self.torch)))
+            raise
+        return hello.name
+
+    def _handle(self, client: Client, message: wire.Message) -> None:
+        if isinstance(message, wire.Heartbeat):
+            if client.lease is not None:
+                self.scheduler.client_heard(self.now(), client.lease.id)
+            client.send(message)
+        elif isinstance(message, wire.GetStatus):
+            client.send(self.status())
+        elif isinstance(message, wire.Acquire):
+            self._request(client, message)
+        elif isinstance(message, wire.Release):
+            if client.lease is None:
+                raise WireError("there is no lease to release")
+            self._end(client.lease, "released", "its client gave it back")
+
+    def _request(self, client: Client, wanted: wire.Acquire) -> None:
+        if client.lease is not None:
+            raise WireError("a connection has one lease")
+        lease_id = f"lease-{secrets.token_hex(4)}"
+        try:
+            decisions = self.scheduler.request(
+                self.now(), lease_id, wanted.owner, wanted.devices, wanted.memory_bytes, wanted.wait_s
+            )
+        except LeaseError as error:
+            client.send(wire.Refused("lease", str(error)))
+            return
+        client.lease = self.scheduler.leases[lease_id]
+        self._carry_out(decisions)
+
+    def status(self) -> wire.Status:
+        """Return the pool at this moment; leases newest first."""
+        scheduler = self.scheduler
+        return wire.Status(
+            __version__,
+            self.torch,
+            [
+                wire.DeviceStatus(device.index, device.name, device.memory_bytes, scheduler.free_bytes(device))
+                for device in scheduler.devices
+            ],
+            [self._lease_status(known) for known in reversed(scheduler.leases.values())],
+        )
+
+    def _lease_status(self, known: Lease) -> wire.LeaseStatus:
+        used = [worker.report.used_bytes for worker in self._workers.get(known.id, []) if worker.report]
+        return wire.LeaseStatus(
+            known.id,
+            known.owner,
+            known.state,
+            known.reason,
+            [device.index for device in known.devices],
+            known.memory_bytes,
+            sum(used),
+            _date(known.created),
+            _date(known.changed),
+        )
+
+    # --- leases --------------------------------------------------------------------------------------------------
+
+    def _end(self, known: Lease, state: End, reason: str) -> None:
+        self._carry_out(self.scheduler.end(self.now(), known.id, state, reason))
+
+    def _carry_out(self, decisions: Sequence[Decision]) -> None:
+        if decisions:
+            self._save()
+        for decision in decisions:
+            known = decision.lease
+            match decision:
+                case Wait():
+                    self._tell(known, wire.Waiting(known.id, known.reason))
+                case Start():
+                    log.info("%s granted to %s: %s", known.id, known.owner, [device.index for device in known.devices])
+                    self._workers[known.id] = [Worker(device) for device in known.devices]
+                    task = asyncio.create_task(self._supervise(known))
+                    self._tasks.add(task)
+                    task.add_done_callback(self._tasks.discard)
+                case Stop():
+                    log.info("%s of %s %s: %s", known.id, known.owner, known.state, known.reason)
+                    self._tell(known, wire.LeaseEnded(known.id, known.state, known.reason))  # type: ignore[arg-type]
+                    for worker in self._workers.get(known.id, []):
+                        worker.kill()
+
+    def _tell(self, known: Lease, message: wire.Message) -> None:
+        for client in self._clients.values():
+            if client.lease is known:
+                client.send(message)
+
+    def _save(self) -> None:
+        try:
+            self.records.save(self.scheduler.leases.values())
+        except OSError as error:  # the records are for people: lending goes on without them
+            log.error("cannot save the records of leases: %s", error)
+
+    # --- workers -------------------------------------------------------------------------------------------------
+
+    async def _supervise(self, known: Lease) -> None:
+        """Run a lease's workers until all have ended."""
+        workers = self._workers[known.id]
+        token = secrets.token_urlsafe(32)
+        running = [asyncio.create_task(self._run_worker(known, worker, token)) for worker in workers]
+        try:
+            for worker in workers:
+                await worker.ready.wait()
+            if self.scheduler.workers_started(self.now(), known.id):
+                self._save()
+                self._grant(known, workers, token)
+            await asyncio.wait(running)
+        finally:
+            del self._workers[known.id]
+            self._carry_out(self.scheduler.workers_gone(self.now(), known.id))
+
+    def _grant(self, known: Lease, workers: Sequence[Worker], token: str) -> None:
+        for client in self._clients.values():
+            if client.lease is known:
+                # Bound to every address, we are reached by the client at the one that it chose.
+                host = client.writer.get_extra_info("sockname")[0]
+                addresses = [
+                    wire.WorkerAddress(
+                        host, w.report.port, token, w.process.pid, w.device.name, known.bytes_on(w.device)
+                    )
+                    for w in workers
+                    if w.report and w.process
+                ]
+                client.send(wire.Granted(known.id, addresses))
+
+    async def _run_worker(self, known: Lease, worker: Worker, token: str) -> None:
+        """Run one worker until it ends; its end is the lease's."""
+        why = "ended for an unknown reason"
+        try:
+            worker.process = process = await asyncio.create_subprocess_exec(
+                *self.worker_command,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+                env={name: value for name, value in os.environ.items() if name not in SECRETS},
+                start_new_session=True,  # a Ctrl-C in our terminal is for us to act on
+                limit=MAX_REPORT_BYTES,
+            )
+            errors = bytearray()
+            copying = asyncio.create_task(_copy_errors(process, errors))
+            fault = await self._follow(known, worker, process, token) if known.is_live else ""
+            worker.kill()
+            code = await process.wait()
+            await asyncio.wait([copying], timeout=1.0)
+            copying.cancel()
+            why = fault or _ending(code, errors)
+        except OSError as error:
+            why = f"could not be started: {error}"
+        finally:
+            pid = f" {worker.process.pid}" if worker.process else ""
+            self._end(known, "failed", f"worker{pid} of device {worker.device.index} {why}"[:1000])
+            worker.ready.set()
+
+    async def _follow(self, known: Lease, worker: Worker, process: asyncio.subprocess.Process, token: str) -> str:
+        """Give a worker its orders and take in its reports; returns what is wrong with it if it is still there."""
+        assert process.stdin is not None
+        assert process.stdout is not None
+        device = worker.device
+        orders = Orders(
+            known.id, token, self.settings.bind, device.torch_name, known.bytes_on(device), parent=os.getpid()
+        )
+        process.stdin.write(msgspec.json.encode(orders) + b"\n")
+        limit_s = START_S
+        while True:
+            try:
+                line = await asyncio.wait_for(process.stdout.readline(), limit_s)
+                if not line:
+                    return ""
+                worker.report = msgspec.json.decode(line, type=Report)
+            except TimeoutError:
+                return f"gave no sign of life for {limit_s:g} s"
+            except (ValueError, OSError) as error:
+                return f"sent a report that cannot be read: {error}"
+            self.scheduler.worked(self.now() - worker.report.idle_s, known.id)
+            limit_s = SILENT_WORKER_S
+            worker.ready.set()
+
+
+async def _receive(reader: asyncio.StreamReader, direction: wire.Direction) -> wire.Message:
+    """Return the next message; none that a broker takes is longer than a greeting, or has a payload."""
+    header_bytes, _ = wire.measure(await reader.readexactly(wire.PREFIX.size), greeted=False)
+    return wire.decode(await reader.readexactly(header_bytes), direction)
+
+
+async def _copy_errors(process: asyncio.subprocess.Process, tail: bytearray) -> None:
+    """Pass on what a worker writes to stderr, and keep the end of it."""
+    assert process.stderr is not None
+    while chunk := await process.stderr.read(4096):
+        tail += chunk
+        del tail[:-4096]
+        sys.stderr.write(chunk.decode(errors="replace"))
+
+
+def _ending(code: int, errors: bytearray) -> str:
+    if code < 0:
+        # SIGKILL that we did not send: a person, or the kernel when the host's memory runs out.
+        return f"was ended by {signal.Signals(-code).name}"
+    last = bytes(errors).decode(errors="replace").strip().splitlines()[-1:]
+    return f"ended with exit code {code}" + (f": {last[0][:500]}" if last else "")
+
+
+def _peer(writer: asyncio.StreamWriter) -> str:
+    name = writer.get_extra_info("peername")
+    return str(name[0]) if name else "an unknown address"
+
+
+def _date(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")

@@ -1,0 +1,445 @@
+"""A session's end at the worker: its tensors, its plans, and the running of its items.
+
+What a client sends is checked here against what is this session's: handles, the list of ops, bounds of views, the
+lease's memory. A failed item is reported once; what needed its results fails with it.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from millpond.pool import codec, operators, wire
+from millpond.pool.errors import WireError
+
+Getter = Callable[[Sequence[torch.Tensor], Sequence[codec.Number]], Any]
+
+
+class Failure(Exception):
+    """An item failed; `kind` and message go to the client."""
+
+    def __init__(self, kind: wire.ErrorKind, message: str, item: int | None = None) -> None:
+        super().__init__(message)
+        self.kind: wire.ErrorKind = kind
+        self.item = item
+        """The item whose failure this is a consequence of, if it is not this one's own."""
+
+    def again(self) -> Failure:
+        """Return the same failure anew: one that is raised holds on to the frames, and tensors, that it passed."""
+        return Failure(self.kind, str(self), self.item)
+
+
+class Memory:
+    """The lease's memory, shared by its sessions: counts the bytes of live tensors and refuses what goes over."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        self.used_bytes = 0
+        self.peak_bytes = 0
+        self._lock = threading.Lock()
+
+    def check(self, more_bytes: int) -> None:
+        """Raise Failure if so many bytes more would not fit."""
+        if self.used_bytes + more_bytes > self.limit_bytes:
+            raise Failure(
+                "memory",
+                f"Pool device out of memory. Tried to allocate {_mib(more_bytes)}. The lease has a total capacity of "
+                f"{_mib(self.limit_bytes)} of which {_mib(self.limit_bytes - self.used_bytes)} is free. Free tensors, "
+                "make batches smaller, or take a larger part: millpond pool run --memory.",
+            )
+
+    def add(self, more_bytes: int) -> None:
+        """Count bytes as used, or (negative) as free again."""
+        with self._lock:
+            self.used_bytes += more_bytes
+            self.peak_bytes = max(self.peak_bytes, self.used_bytes)
+
+
+class Plan:
+    """An op with its constant arguments, ready to be given operands and numbers."""
+
+    def __init__(self, define: wire.Define, device: torch.device) -> None:
+        op = operators.resolve(define.op)
+        if op is None:
+            raise Failure("refused", f"{define.op[:100]!r} is not an op that the pool runs")
+        self.name = define.op
+        self.op = op
+        self.new = operators.new_results(op)
+        self.resizes = any(a.kwarg_only and a.alias_info is not None for a in op._schema.arguments)
+        """Whether the op writes to outputs that it was given, and resizes them where they do not fit."""
+        self.device = device
+        self.operands = self.numbers = 0
+        """How many operands and numbers a call must bring."""
+        self._arguments = [self._getter(argument) for argument in define.arguments]
+        self._keywords = {name: self._getter(argument) for name, argument in define.keywords.items()}
+        self.results = [None if result is None else Believed(result) for result in define.results]
+        self.bytes = sum(result.bytes for result in self.results if result is not None)
+
+    def run(self, operands: Sequence[torch.Tensor], numbers: Sequence[codec.Number]) -> Iterator[Any]:
+        """Run the op and yield its new results, flat."""
+        result = self.op(
+            *[get(operands, numbers) for get in self._arguments],
+            **{name: get(operands, numbers) for name, get in self._keywords.items()},
+        )
+        if len(self.new) == 1:
+            result = (result,)
+        for value, new in zip(result, self.new, strict=False) if self.new else ():
+            if new and isinstance(value, (list, tuple)):
+                yield from value
+            elif new:
+                yield value
+
+    def _getter(self, argument: wire.Argument) -> Getter:
+        if isinstance(argument, list):
+            getters = [self._getter(atom) for atom in argument]
+            return lambda operands, numbers: [get(operands, numbers) for get in getters]
+        if isinstance(argument, wire.Operand):
+            slot = argument.slot
+            self.operands = max(self.operands, slot + 1)
+            if argument.view is None:
+                return lambda operands, numbers: operands[slot]
+            view = _Viewer(argument.view)
+            return lambda operands, numbers: view(operands[slot])
+        if isinstance(argument, wire.Slot):
+            place = argument.slot
+            self.numbers = max(self.numbers, place + 1)
+            if not argument.dtype:
+                return lambda operands, numbers: numbers[place]
+            dtype = codec.dtype(argument.dtype)
+            return lambda operands, numbers: torch.tensor(numbers[place], dtype=dtype)
+        if isinstance(argument, wire.Symbol):
+            value: Any = codec.from_symbol(argument, self.device)
+        else:
+            value = codec.from_number(argument) if isinstance(argument, wire.Complex) else argument
+        return lambda operands, numbers: value
+
+
+class Believed:
+    """What the client believes of a result."""
+
+    def __init__(self, geometry: wire.Geometry) -> None:
+        self.dtype = codec.dtype(geometry.dtype)
+        self.sizes = geometry.sizes
+        self.strides = geometry.strides
+        self.bytes = codec.extent(geometry.sizes, geometry.strides) * self.dtype.itemsize
+
+    def is_of(self, result: Any) -> bool:
+        """Return whether a result has the believed dtype, sizes and strides."""
+        return (
+            isinstance(result, torch.Tensor)
+            and result.dtype == self.dtype
+            and result.shape == self.sizes
+            and result.layout is torch.strided
+            and result.stride() == self.strides
+        )
+
+    def fit(self, result: Any, operands: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return the result in the memory layout that the client believes in, in storage of its own."""
+        if not isinstance(result, torch.Tensor):
+            raise Failure("geometry", f"the result is {type(result).__name__}, not a tensor as the client believes")
+        if result.dtype != self.dtype or tuple(result.shape) != self.sizes:
+            raise Failure(
+                "geometry",
+                f"the result is {result.dtype} {list(result.shape)} where the client believes {self.dtype} "
+                f"{list(self.sizes)}. This is a defect of millpond: the op belongs on its list of ops to ask for.",
+            )
+        storage = result.untyped_storage()
+        if (
+            result.layout is torch.strided
+            and result.stride() == self.strides
+            and result.storage_offset() == 0
+            and storage.nbytes() == self.bytes
+            and not result.is_conj()
+            and not result.is_neg()
+            and all(storage._cdata != operand.untyped_storage()._cdata for operand in operands)
+        ):
+            return result
+        own = torch.empty_strided(self.sizes, self.strides, dtype=self.dtype, device=result.device)
+        return own.copy_(result)
+
+
+class _Viewer:
+    """Makes the view of a storage that an operand is."""
+
+    def __init__(self, view: wire.View) -> None:
+        self.view = view
+        self.dtype = codec.dtype(view.dtype)
+        self.bytes = codec.extent(view.sizes, view.strides, view.offset) * self.dtype.itemsize
+
+    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
+        view = self.view
+        storage = tensor.untyped_storage()
+        if self.bytes > storage.nbytes():
+            raise Failure("refused", f"a view of {self.bytes} bytes reaches beyond its storage of {storage.nbytes()}")
+        if tensor.dtype is self.dtype:
+            tensor = tensor.as_strided(view.sizes, view.strides, view.offset)
+        else:
+            tensor = torch.empty(0, dtype=self.dtype, device=tensor.device).set_(
+                storage, view.offset, view.sizes, view.strides
+            )
+        tensor = torch._conj(tensor) if view.conjugate else tensor
+        return torch._neg_view(tensor) if view.negative else tensor
+
+
+class Executor:
+    """Runs a session's items in order on `device`; used from one thread."""
+
+    def __init__(self, device: torch.device, memory: Memory) -> None:
+        self.device = device
+        self.memory = memory
+        self.items = 0
+        self._tensors: dict[int, torch.Tensor | Failure] = {}
+        self._sizes: dict[int, int] = {}
+        """The bytes that each tensor is counted with."""
+        self._plans: dict[int, Plan | Failure] = {}
+
+    def run(self, batch: wire.Batch, payload: memoryview) -> Iterator[tuple[wire.Message, memoryview]]:
+        """Run a batch; yield answers and failures, each with its payload.
+
+        Raises:
+            WireError: the client sent what no client sends; the session must end.
+        """
+        empty = memoryview(b"")
+        for item in batch.items:
+            number = self.items
+            self.items += 1
+            try:
+                answer = self._run(item, payload)
+                if answer is not None:
+                    yield answer
+            except Failure as failure:
+                own = failure.item is None
+                if own:
+                    failure.item = number
+                self._poison(item, failure.again())
+                asked = isinstance(item, (wire.Ask, wire.Read, wire.GetRandomState))
+                if own or asked:
+                    yield wire.Failed(failure.item or 0, failure.kind, str(failure)[:16_000], answer=asked), empty
+
+    def destination(self, message: wire.Message, length: int) -> memoryview:
+        """Return memory for a payload: the tensor's own where it is in reach, so that nothing is copied."""
+        if isinstance(message, wire.Batch) and len(message.items) == 1 and self.device.type == "cpu":
+            (write,) = message.items
+            tensor = self._tensors.get(write.handle) if isinstance(write, wire.Write) else None
+            if isinstance(write, wire.Write) and isinstance(tensor, torch.Tensor):
+                target = _bytes_of(tensor)
+                if write.offset + length <= target.numel():
+                    return target.numpy().data[write.offset : write.offset + length]
+        return torch.empty(length, dtype=torch.uint8).numpy().data
+
+    def close(self) -> None:
+        """Drop everything."""
+        self._drop(list(self._tensors))
+        self._plans.clear()
+
+    def _run(self, item: wire.Item, payload: memoryview) -> tuple[wire.Message, memoryview] | None:
+        if isinstance(item, wire.Call):
+            self._call(item)
+        elif isinstance(item, wire.Free):
+            self._drop(item.handles)
+        elif isinstance(item, wire.Define):
+            self._plans[item.plan] = typed(lambda: Plan(item, self.device))
+        elif isinstance(item, wire.Put):
+            self._put(item)
+        elif isinstance(item, wire.Write):
+            self._write(item, payload)
+        elif isinstance(item, wire.Ask):
+            return wire.Results(self._ask(item)), memoryview(b"")
+        elif isinstance(item, wire.Read):
+            return wire.Data(), self._read(item)
+        elif isinstance(item, wire.Synchronize):
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            return wire.Done(), memoryview(b"")
+        elif isinstance(item, wire.Seed):
+            torch.manual_seed(int(item.seed.text))
+        elif isinstance(item, wire.GetRandomState):
+            return wire.Data(), self._generator().get_state().numpy().data
+        elif isinstance(item, wire.SetRandomState):
+            state = torch.frombuffer(bytearray(item.state), dtype=torch.uint8)
+            typed(lambda: self._generator().set_state(state))
+        elif isinstance(item, wire.GetUsage):
+            memory = self.memory
+            if item.reset_peak:
+                memory.peak_bytes = memory.used_bytes
+            return wire.Usage(memory.used_bytes, memory.peak_bytes, memory.limit_bytes, *self._about()), memoryview(b"")
+        else:
+            raise WireError(f"this session runs no items of the kind {type(item).__name__}")
+        return None
+
+    def _about(self) -> tuple[tuple[int, int], int]:
+        """Return the CUDA capability and the number of processors of a GPU."""
+        if self.device.type != "cuda":
+            return (0, 0), 0
+        properties = torch.cuda.get_device_properties(self.device)
+        return (properties.major, properties.minor), properties.multi_processor_count
+
+    def _start(self, call: wire.Call | wire.Ask) -> tuple[Plan, list[torch.Tensor], list[codec.Number]]:
+        plan = self._plans.get(call.plan)
+        if plan is None:
+            raise WireError(f"a call of plan {call.plan}, which was never defined")
+        if isinstance(plan, Failure):
+            raise plan.again()
+        if len(call.operands) < plan.operands or len(call.numbers) < plan.numbers:
+            raise WireError(f"a call of {plan.name} with too few operands")
+        operands = [self._tensor(handle) for handle in call.operands]
+        numbers = [codec.from_number(number) for number in call.numbers]
+        self.memory.check(plan.bytes)
+        return plan, operands, numbers
+
+    def _results(
+        self, plan: Plan, call: wire.Call | wire.Ask, operands: list[torch.Tensor], numbers: list[codec.Number]
+    ) -> list[Any]:
+        try:
+            results: list[Any] = typed(lambda: list(plan.run(operands, numbers)))
+        finally:
+            if plan.resizes:
+                self._count_again(call.operands)
+        return results
+
+    def _call(self, call: wire.Call) -> None:
+        plan, operands, numbers = self._start(call)
+        results = self._results(plan, call, operands, numbers)
+        if len(results) != len(plan.results):
+            raise Failure("geometry", f"{len(results)} results where the client believes {len(plan.results)}")
+        for place, (result, believed) in enumerate(zip(results, plan.results, strict=True)):
+            if believed is not None:
+                self._keep(call.first + place, typed(functools.partial(believed.fit, result, operands)))
+
+    def _ask(self, ask: wire.Ask) -> list[Any]:
+        plan, operands, numbers = self._start(ask)
+        answers: list[Any] = []
+        for place, result in enumerate(self._results(plan, ask, operands, numbers)):
+            if not isinstance(result, torch.Tensor):
+                answers.append(codec.number(result) if isinstance(result, (int, float, complex)) else None)
+                continue
+            if result.layout is not torch.strided:
+                raise Failure("not-implemented", f"the result is a {result.layout} tensor, which the pool cannot hold")
+            believed = Believed(codec.geometry(result))
+            self.memory.check(believed.bytes)
+            self._keep(ask.first + place, believed.fit(result, operands))
+            answers.append(codec.geometry(result))
+        return answers
+
+    def _put(self, put: wire.Put) -> None:
+        dtype = codec.dtype(put.dtype)
+        if codec.extent(put.sizes, _contiguous(put.sizes)) * dtype.itemsize != len(put.data):
+            raise WireError(f"{len(put.data)} bytes for a tensor of {put.dtype} {list(put.sizes)}")
+        self.memory.check(len(put.data))
+        tensor = torch.frombuffer(bytearray(put.data), dtype=dtype) if put.data else torch.empty(0, dtype=dtype)
+        self._keep(put.handle, typed(lambda: tensor.view(put.sizes).clone().to(self.device)))
+
+    def _write(self, write: wire.Write, payload: memoryview) -> None:
+        target = _bytes_of(self._tensor(write.handle))
+        if write.offset + len(payload) > target.numel():
+            raise Failure("refused", f"{len(payload)} bytes at {write.offset} do not fit into {target.numel()}")
+        part = target[write.offset : write.offset + len(payload)]
+        if len(payload) and (part.device.type != "cpu" or part.data_ptr() != _address(payload)):
+            part.copy_(torch.frombuffer(payload, dtype=torch.uint8))
+
+    def _read(self, read: wire.Read) -> memoryview:
+        source = _bytes_of(self._tensor(read.handle))
+        if read.offset + read.length > source.numel():
+            raise Failure("refused", f"{read.length} bytes at {read.offset} are not within {source.numel()}")
+        part = source[read.offset : read.offset + read.length]
+        host: torch.Tensor = typed(part.cpu)
+        return host.numpy().data
+
+    def _tensor(self, handle: int) -> torch.Tensor:
+        tensor = self._tensors.get(handle)
+        if tensor is None:
+            raise Failure("refused", f"handle {handle} is no tensor of this session")
+        if isinstance(tensor, Failure):
+            raise tensor.again()
+        return tensor
+
+    def _keep(self, handle: int, tensor: torch.Tensor) -> None:
+        if handle in self._tensors:
+            self._drop([handle])
+        if len(self._tensors) >= wire.MAX_TENSORS:
+            raise Failure("memory", f"a session may hold {wire.MAX_TENSORS} tensors; free some")
+        size = tensor.untyped_storage().nbytes()
+        self.memory.check(size)
+        self.memory.add(size)
+        self._tensors[handle] = tensor
+        self._sizes[handle] = size
+
+    def _drop(self, handles: Sequence[int]) -> None:
+        for handle in handles:
+            self._tensors.pop(handle, None)
+            self.memory.add(-self._sizes.pop(handle, 0))
+
+    def _count_again(self, handles: Sequence[int]) -> None:
+        """Count the operands of an op that may have resized them."""
+        for handle in handles:
+            tensor = self._tensor(handle)
+            grown = tensor.untyped_storage().nbytes() - self._sizes[handle]
+            self.memory.add(grown)
+            self._sizes[handle] += grown
+            if grown > 0 and self.memory.used_bytes > self.memory.limit_bytes:
+                self._drop([handle])
+                self.memory.check(grown)
+
+    def _poison(self, item: wire.Item, failure: Failure) -> None:
+        """Have everything that needs this item's results fail with it."""
+        if isinstance(item, wire.Define):
+            self._plans[item.plan] = failure
+        elif isinstance(item, wire.Put):
+            self._tensors[item.handle] = failure
+        elif isinstance(item, wire.Call):
+            plan = self._plans.get(item.plan)
+            self._drop(range(item.first, item.first + (len(plan.results) if isinstance(plan, Plan) else 0)))
+            for place in range(len(plan.results) if isinstance(plan, Plan) else 1):
+                self._tensors[item.first + place] = failure
+
+    def _generator(self) -> torch.Generator:
+        if self.device.type == "cuda":
+            return torch.cuda.default_generators[self.device.index or 0]
+        return torch.default_generator
+
+
+def typed(action: Callable[[], Any]) -> Any:
+    """Return what `action` does; turn PyTorch's exceptions into failures of a kind that the client can raise again."""
+    try:
+        return action()
+    except (Failure, WireError):
+        raise
+    except torch.OutOfMemoryError as error:
+        raise Failure("memory", str(error)) from None
+    except Exception as error:
+        text = str(error) or type(error).__name__
+        if "can't allocate memory" in text or isinstance(error, MemoryError):
+            raise Failure("memory", f"Pool device out of memory: {text}") from None
+        kinds: dict[type, wire.ErrorKind] = {
+            IndexError: "index",
+            ValueError: "value",
+            TypeError: "type",
+            NotImplementedError: "not-implemented",
+        }
+        kind = next((kind for known, kind in kinds.items() if isinstance(error, known)), "runtime")
+        raise Failure(kind, text) from None  # type: ignore[arg-type]
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    storage = tensor.untyped_storage()
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage, 0, (storage.nbytes(),), (1,))
+
+
+def _address(payload: memoryview) -> int:
+    return torch.frombuffer(payload, dtype=torch.uint8).data_ptr()
+
+
+def _contiguous(sizes: Sequence[int]) -> tuple[int, ...]:
+    strides, step = [], 1
+    for size in reversed(sizes):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.2f} MiB"

@@ -1,0 +1,420 @@
+"""What the pool device does when PyTorch calls an op on it: one generic path, and a short list of special ones.
+
+The generic path takes the call's signature, finds or makes its plan, issues one small item, and returns tensors that
+exist at the worker only once it gets there. Views never leave this process: they share storage, as everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from millpond.pool import codec, generators, wire
+from millpond.pool.errors import LeaseError, WireError
+from millpond.pool.operators import DENIED
+from millpond.pool.plan import Op, Plan, Signature, make, on_meta
+from millpond.pool.session import Session
+from millpond.pool.tensors import DEVICE, Mold, Remote, device_of, remote_of, set_storage
+
+Tensor = torch.Tensor
+aten = torch.ops.aten
+
+MAX_PLANS = wire.MAX_PLANS // 2
+"""Plans that are kept; then all are forgotten, and made again as they are needed."""
+
+INDEXING = ("aten::index", "aten::_index", "aten::_unsafe_index")
+"""Ops that take indices in the host's memory, as on a GPU."""
+
+open_session: Callable[[int], Session]
+"""Returns the session of a device; set by `device.register`."""
+
+device_name: Callable[[int], str] = str
+"""Returns the name of a worker's device, `CPU` or a GPU's; set by `device.register`."""
+
+
+def call(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run an op on the pool."""
+    if kwargs.get("pin_memory"):
+        raise RuntimeError("Only dense CPU tensors can be pinned, not those of the pool device")
+    kwargs.pop("pin_memory", None)
+    if op.takes_device and kwargs.get("device") is not None and kwargs["device"].type != DEVICE:
+        return op.overload(*on_meta(args), **kwargs)  # zeros_like(…, device="cpu"): only how a tensor looks matters
+    if op.takes_generator and kwargs.get("generator") is not None:
+        generator = generators.of_pool(kwargs["generator"])
+        return generator.draw(lambda: call(op, args, {**kwargs, "generator": None}))
+    signature = Signature(op)
+    signature.take(args, kwargs)
+    if signature.foreign:
+        return call(op, *_bring(op, signature, args, kwargs))
+    session = signature.session
+    if session is None:
+        device = kwargs.get("device")
+        session = open_session((device.index or 0) if device is not None and device.type == DEVICE else 0)
+        if op.takes_device and device is None:
+            kwargs["device"] = torch.device(DEVICE, session.index)
+    key = tuple(signature.key)
+    with session.lock:
+        if session.failure is not None:
+            session.raise_failure()
+        plan = session.plans.get(key) or _plan(session, key, op, args, kwargs)
+        if plan.ask and op.without_out is not None:
+            return _into(op, op.without_out, args, kwargs)
+        if plan.resizes:
+            for place, sizes in plan.resizes:
+                resize(args[place] if isinstance(place, int) else kwargs[place], sizes)
+            return call(op, args, kwargs)
+        handles = [remote.handle for remote in signature.remotes]
+        numbers = [codec.number(n) if type(n) is complex or type(n) is int else n for n in signature.numbers]
+        if plan.ask:
+            return _ask(session, plan, args, kwargs, handles, numbers)
+        molds = plan.molds
+        first = session.new_handles(len(molds))
+        new = [mold and mold.cast(session, first + place) for place, mold in enumerate(molds)]
+        session.issue(wire.Call(plan.id, handles, first, numbers), plan)
+    if op.in_place:
+        return args[0]
+    if len(new) == 1 and len(op.new) == 1 and plan.counts[0] is None:
+        return new[0]
+    return _assemble(op, plan.counts, iter(new), args, kwargs)
+
+
+def _plan(session: Session, key: tuple[Any, ...], op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
+    if len(session.plans) >= MAX_PLANS:
+        session.plans.clear()
+    plan = session.plans[key] = make(op, len(session.plans), session.index, args, kwargs)
+    session.issue(plan.define, plan)
+    return plan
+
+
+def _into(op: Op, without_out: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run an op with `out=` whose shapes only the worker knows: make its results, then have the outputs take them."""
+    made = call(without_out, args, {name: value for name, value in kwargs.items() if name not in op.writes})
+    outs = [kwargs[str(name)] for name in op.writes]
+    for out, result in zip(outs, made if isinstance(made, tuple) else (made,), strict=True):
+        copy_(out if out.shape == result.shape else resize(out, result.shape), result)
+    return outs[0] if len(outs) == 1 else tuple(outs)
+
+
+def _ask(
+    session: Session, plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any], handles: list[int], numbers: list[Any]
+) -> Any:
+    """Run an op whose results only the worker knows, and wait for them."""
+    first = session.new_handles(wire.MAX_ITEMS)
+    answer, _ = session.request(wire.Ask(plan.id, handles, first, numbers), wire.Results, plan)
+    new: list[Any] = []
+    for place, result in enumerate(answer.results):
+        if isinstance(result, wire.Geometry):
+            mold = Mold(codec.dtype(result.dtype), result.sizes, result.strides, session.index)
+            new.append(mold.cast(session, first + place))
+        else:
+            new.append(codec.from_number(result) if result is not None else None)
+    if not plan.op.by_value:
+        session.issue(plan.learn(answer.results), plan)
+    return _assemble(plan.op, plan.op.counts(len(new)), iter(new), args, kwargs)
+
+
+def _assemble(
+    op: Op, counts: list[int | None], new: Iterator[Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Return new results and written operands in the order of the op's schema."""
+    results: list[Any] = []
+    count = iter(counts)
+    for fresh, place in zip(op.new, op.written, strict=True):
+        if fresh:
+            several = next(count)
+            results.append(next(new) if several is None else [next(new) for _ in range(several)])
+        else:
+            results.append(args[place] if isinstance(place, int) and place < len(args) else kwargs.get(str(place)))
+    return None if not results else results[0] if len(results) == 1 else tuple(results)
+
+
+def _bring(
+    op: Op, signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Move operands in the host's memory to the device where PyTorch allows them there; else refuse as it does."""
+    if signature.session is None or not op.name.startswith(INDEXING):
+        raise RuntimeError(
+            f"Expected all tensors to be on the same device, but found at least two devices, {DEVICE}:"
+            f"{signature.session.index if signature.session else 0} and {signature.foreign[0].device}! "
+            f"(when calling {op.name}). Move it first: .to('{DEVICE}')."
+        )
+
+    def move(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [move(element) for element in value]
+        if any(value is foreign for foreign in signature.foreign):
+            return value.to(torch.device(DEVICE, signature.session.index))
+        return value
+
+    return tuple(move(value) for value in args), {name: move(value) for name, value in kwargs.items()}
+
+
+# --- special ops: bytes in and out, storages -----------------------------------------------------------------------
+
+
+def copy_(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    """Copy between the pool and the host's memory, or within the pool."""
+    if target is source:
+        return target
+    there, here = device_of(target).type == DEVICE, device_of(source).type == DEVICE
+    if there and here and device_of(target) != device_of(source):
+        return copy_(target, source.cpu())
+    if there and here:
+        return call(_COPY, (target, source), {})  # type: ignore[no-any-return]
+    if there:
+        return _upload(target, source)
+    target.copy_(_download(source))
+    return target
+
+
+def _upload(target: Tensor, source: Tensor) -> Tensor:
+    if source.device.type != "cpu":
+        source = source.cpu()
+    source = source.detach().resolve_conj().resolve_neg().expand(target.shape)
+    remote = remote_of(target)
+    if target.dtype == source.dtype and remote is not None and _is_whole(target):
+        _send(remote, source.contiguous(), target)
+        return target
+    # Elsewhere the bytes land in a tensor of their own, and the device copies, converts and broadcasts.
+    staged = torch.empty(source.shape, dtype=source.dtype, device=device_of(target))
+    return copy_(target, _upload(staged, source))
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """Whether a tensor is all of its storage, in order."""
+    return (
+        tensor.is_contiguous()
+        and tensor.storage_offset() == 0
+        and tensor.numel() * tensor.itemsize == tensor.untyped_storage().nbytes()
+        and not tensor.is_conj()
+        and not tensor.is_neg()
+    )
+
+
+def _send(remote: Remote, source: Tensor, target: Tensor) -> None:
+    """Send the bytes of `source` to a target that is all of its storage: small ones in the batch, others by payload."""
+    if source.numel() == 0:
+        return
+    session: Session = remote.session
+    name, data = codec.DTYPE_NAMES[source.dtype], _memory(source)
+    what = f"the upload of {name}{list(source.shape)}"
+    if len(data) <= wire.MAX_INLINE_BYTES and (target.dtype, target.shape, target.stride(), 0) == remote.geometry:
+        with session.lock:
+            session.issue(wire.Put(remote.handle, name, tuple(target.shape), bytes(data)), what)
+    else:
+        session.write(remote.handle, data, what)
+
+
+def _download(source: Tensor) -> Tensor:
+    """Return a tensor's values in the host's memory."""
+    if source.numel() == 0:
+        return torch.empty(source.shape, dtype=source.dtype)
+    remote = remote_of(source)
+    if remote is None or not _is_whole(source):
+        source = call(_CLONE, (source,), {"memory_format": torch.contiguous_format})
+        remote = remote_of(source)
+    assert remote is not None
+    result = torch.empty(source.shape, dtype=source.dtype)
+    memory = _memory(result)
+    what = f"the reading of {codec.DTYPE_NAMES[source.dtype]}{list(source.shape)}"
+    session: Session = remote.session
+    starts = range(0, len(memory), wire.MAX_PAYLOAD_BYTES)
+    reads: list[wire.Item] = [
+        wire.Read(remote.handle, start, min(wire.MAX_PAYLOAD_BYTES, len(memory) - start)) for start in starts
+    ]
+    if sum(len(payload) for _, payload in session.requests(reads, wire.Data, what, memory)) != len(memory):
+        raise WireError("the worker sent another number of bytes than it was asked for")
+    return result
+
+
+def _memory(tensor: Tensor) -> memoryview:
+    """Return the bytes of a contiguous tensor in the host's memory, without copying."""
+    return tensor.view(-1).view(torch.uint8).numpy().data
+
+
+def local_scalar_dense(tensor: Tensor) -> Any:
+    """Return the value of a tensor with one element."""
+    return _download(tensor).item()
+
+
+def resize(tensor: Tensor, sizes: Any, memory_format: Any = None) -> Tensor:
+    """Give a tensor other sizes; its storage grows if it must, and keeps what it has."""
+    sizes = tuple(sizes)
+    strides = torch.empty(sizes, device="meta", memory_format=memory_format or torch.contiguous_format).stride()
+    span = codec.extent(sizes, strides, int(tensor.storage_offset()))
+    storage = tensor.untyped_storage()
+    if span * tensor.itemsize > storage.nbytes():
+        device = device_of(tensor)
+        grown = torch.empty(span, dtype=tensor.dtype, device=device)
+        held = storage.nbytes() // tensor.itemsize
+        if held:
+            whole = set_storage(torch.empty(0, dtype=tensor.dtype, device=device), storage, 0, (held,), (1,))
+            grown[:held].copy_(whole)
+        storage = grown.untyped_storage()
+    return set_storage(tensor, storage, int(tensor.storage_offset()), sizes, strides)
+
+
+def to_copy(tensor: Tensor, **options: Any) -> Tensor:
+    """Copy to another device or dtype. Always blocking: PyTorch's own would read into pinned memory otherwise."""
+    device = options.get("device") or device_of(tensor)
+    if device == device_of(tensor):
+        kept = {name: options[name] for name in ("dtype", "memory_format") if options.get(name) is not None}
+        return call(_TO_COPY, (tensor,), kept)  # type: ignore[no-any-return]
+    memory_format = options.get("memory_format") or torch.preserve_format
+    target = torch.empty_like(tensor, dtype=options.get("dtype"), device=device, memory_format=memory_format)
+    return copy_(target, tensor)
+
+
+def zero_tensor(sizes: Any, **options: Any) -> Tensor:
+    """Return zeros that exist, in place of autograd's that do not."""
+    return torch.zeros(sizes, **options)
+
+
+def set_source_tensor(tensor: Tensor, source: Tensor) -> Tensor:
+    """`set_(source)`."""
+    return set_storage(
+        tensor, source.untyped_storage(), int(source.storage_offset()), tuple(source.shape), source.stride()
+    )
+
+
+def set_nothing(tensor: Tensor) -> Tensor:
+    """`set_()`: an empty tensor."""
+    return set_source_tensor(tensor, torch.empty(0, dtype=tensor.dtype, device=device_of(tensor)))
+
+
+def set_source_storage(tensor: Tensor, source: Any) -> Tensor:
+    """`set_(storage)`."""
+    return set_storage(tensor, source, 0, (source.nbytes() // tensor.itemsize,), (1,))
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Attend by the fused kernel of the worker's device, as PyTorch would there; it has no way to choose for a pool."""
+    call = (query, key, value, attn_mask, dropout_p, is_causal)
+    options = {"scale": scale, "enable_gqa": enable_gqa}
+    fused = _sdp_choice(torch._C.DispatchKey.CPU, *call, **options) == _FLASH
+    masks = attn_mask is not None and attn_mask.requires_grad
+    if fused and not masks and device_name(query.device.index) == "CPU":
+        if attn_mask is not None and attn_mask.dtype is torch.bool:
+            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -torch.inf)
+        flash = aten._scaled_dot_product_flash_attention_for_cpu
+        return flash(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]  # type: ignore[no-any-return]
+    return aten._scaled_dot_product_attention_math(*call, **options)[0]  # type: ignore[no-any-return]
+
+
+_FLASH = 1
+"""What `_fused_sdp_choice` says for a fused kernel."""
+_sdp_choice = aten._fused_sdp_choice.default._op_dk
+
+
+def embedding_bag_backward(grad: Tensor, indices: Tensor, offsets: Tensor, of_index: Tensor, *rest: Any) -> Tensor:
+    """Return the gradient of an `embedding_bag`; a sparse one is made here, as the worker can hold dense ones only."""
+    sizes, _, weights, by_frequency, mode, sparse, per_sample, *padding = rest
+    if not sparse:
+        return call(_BAG_BACKWARD, (grad, indices, offsets, of_index, *rest), {})  # type: ignore[no-any-return]
+    if not of_index.numel():  # the host's kernel leaves out which bag an index is of where it can do without
+        counts = indices.new_zeros(indices.numel() + 1).index_add_(0, offsets, torch.ones_like(offsets))
+        of_index = counts.cumsum(0)[:-1] - 1
+    return aten._embedding_bag_sparse_backward(  # type: ignore[no-any-return]
+        grad, indices, offsets, of_index, sizes, weights, by_frequency, mode, per_sample, *padding
+    )
+
+
+def _on_cpu_key(op: torch._ops.OpOverload) -> Callable[..., Any]:
+    """Return PyTorch's own kernel for views: it only looks at sizes and strides, never at memory."""
+    kernel, key = op._op_dk, torch._C.DispatchKey.CPU
+    return lambda *args, **kwargs: kernel(key, *args, **kwargs)
+
+
+VIEWS = ("as_strided", "view", "_reshape_alias", "unfold", "view_as_real", "view_as_complex")
+SPECIAL: dict[str, Callable[..., Any]] = {
+    **{name: _on_cpu_key(getattr(aten, name).default) for name in VIEWS},
+    "set_.source_Storage_storage_offset": set_storage,
+    "set_.source_Tensor": set_source_tensor,
+    "set_.source_Storage": set_source_storage,
+    "set_": set_nothing,
+    "copy_": copy_,
+    "_copy_from": lambda source, target, non_blocking=False: copy_(target, source),
+    "_copy_from_and_resize": lambda source, target: copy_(resize(target, source.shape), source),
+    "resize_": lambda tensor, sizes, *, memory_format=None: resize(tensor, sizes, memory_format),
+    "_local_scalar_dense": local_scalar_dense,
+    "_embedding_bag_backward": embedding_bag_backward,
+    "_to_copy": to_copy,
+    "_efficientzerotensor": zero_tensor,
+    "record_stream": lambda tensor, stream: None,
+}
+"""Kernels of their own: bytes cross here, or storages change hands."""
+
+COMPOSED = {
+    *("lift", "lift_fresh", "empty_like", "new_empty", "new_empty_strided", "resize_as_"),
+    *("alias", "detach", "detach_", "view", "select", "slice", "diagonal", "expand", "permute"),
+    *("squeeze", "unsqueeze", "t", "transpose", "split", "split_with_sizes", "unbind", "_conj", "_neg_view"),
+    *("is_same_size", "is_coalesced", "dense_dim", "sparse_dim"),
+    "_to_sparse",  # by `sparse`
+    *("_thnn_fused_lstm_cell", "_thnn_fused_gru_cell"),  # by `shims`
+}
+"""Ops that PyTorch itself composes of others, and should: views, and what asks only for metadata."""
+
+_COPY = Op(aten.copy_.default)
+_TO_COPY = Op(aten._to_copy.default)
+_CLONE = Op(aten.clone.default)
+_BAG_BACKWARD = Op(aten._embedding_bag_backward.default)
+
+
+def register(library: torch.library.Library) -> None:
+    """Give every op of `aten` that PyTorch does not compose a kernel for the pool device."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    for name, kernel in SPECIAL.items():
+        library.impl(name, kernel, "PrivateUse1")  # type: ignore[no-untyped-call]
+    for dispatch_key in ("PrivateUse1", "AutogradPrivateUse1"):
+        library.impl("scaled_dot_product_attention", attention, dispatch_key)  # type: ignore[no-untyped-call]
+    for full in torch._C._dispatch_get_all_op_names():
+        name = full.removeprefix("aten::")
+        base, _, overload = name.partition(".")
+        if (
+            name == full
+            or name in SPECIAL
+            or base in COMPOSED
+            or has(full, "CompositeImplicitAutograd")
+            or DENIED.match(full)
+        ):
+            continue
+        op = getattr(getattr(aten, base), overload or "default")
+        if torch.Tag.inplace_view in op.tags or _is_view(op):
+            continue
+        library.impl(name, _kernel(op), "PrivateUse1")  # type: ignore[no-untyped-call]
+
+
+def _is_view(op: torch._ops.OpOverload) -> bool:
+    return any(value.alias_info is not None and not value.alias_info.is_write for value in op._schema.returns)
+
+
+def _kernel(overload: torch._ops.OpOverload) -> Callable[..., Any]:
+    op: Op | None = None
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        nonlocal op
+        if op is None:
+            op = Op(overload)
+        return call(op, args, kwargs)
+
+    return kernel
+
+
+def no_session(index: int) -> Session:
+    """Say that there is no lease."""
+    raise LeaseError("this process has no lease. Start the program with: millpond pool run -- COMMAND")
+
+
+open_session = no_session

@@ -1,0 +1,342 @@
+"""A program's end of a session with a worker: items stream out in batches, answers are waited for only when asked.
+
+Errors arrive late, typed, and are raised where the program is then; they name the op, its operands and the line of
+the program that issued it. A lost connection stays lost, and says what was lost with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from types import CodeType, FrameType
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from millpond import MillpondError
+from millpond.pool import tensors, wire
+from millpond.pool.errors import ConnectionLost, OpError, OpRefused, WireError
+from millpond.pool.transport import Connection
+
+FLUSH_ITEMS = 128
+"""Items that are sent together at most, unless they are being waited for."""
+FLUSH_S = 0.001
+"""How long items may wait for company, so that the worker never starves."""
+IDLE_ROUNDS = 50
+"""The flushing thread sleeps after so many rounds with nothing to send."""
+WAIT_S = 0.5
+"""How long to wait for an answer before looking whether there is anything else to do, again and again."""
+REMEMBERED_SITES = 1 << 16
+"""Issued items of which the line is remembered; an error about an older one cannot name its line."""
+
+Answer = TypeVar("Answer", bound=wire.Message)
+Site = tuple[CodeType, int]
+_NOWHERE = memoryview(b"")
+
+
+class Recorder(Protocol):
+    """Watches what a session issues, while a graph is captured."""
+
+    def issued(self, item: wire.Item, what: Any) -> None:
+        """See an item."""
+
+    def answered(self, item: wire.Item, answer: wire.Message) -> None:
+        """See the answer to an item."""
+
+
+class LeaseOutOfMemory(MillpondError, torch.OutOfMemoryError):
+    """The lease's memory is used up; also a `torch.OutOfMemoryError`. Free something, and go on."""
+
+
+class Session:
+    """One connection to a worker. Thread-safe; `lock` is held while items are issued."""
+
+    def __init__(self, connection: Connection, *, index: int, lease: str, worker: str, memory_bytes: int) -> None:
+        self.connection = connection
+        self.index = index
+        self.lease = lease
+        self.worker = worker
+        self.memory_bytes = memory_bytes
+        self.lock = threading.RLock()
+        self.watched: dict[int, tensors.Freed] = {}
+        """A watch on every handle that something looks at."""
+        self.frees: deque[tensors.Freed] = deque()
+        """The watches of handles that nothing looks at any more; sent with the next batch."""
+        self.plans: dict[Any, Any] = {}
+        self.handle = 1
+        """The next handle to give."""
+        self.address = tensors.first_address(index)
+        """The next address to give."""
+        self.failure: Exception | None = None
+        """What went wrong and has not been raised yet; or, once lost, for ever."""
+        self.lost: ConnectionLost | None = None
+        self.graphs = list(range(wire.MAX_GRAPHS))
+        """Numbers of graphs that can be given."""
+        self.recorder: Recorder | None = None
+        """Set and reset by who holds `lock`."""
+        self._items: list[wire.Item] = []
+        self._sent = 0
+        self._owed = 0
+        self._sites: list[tuple[int, str, Site | None] | None] = [None] * REMEMBERED_SITES
+        self._awake = threading.Event()
+        threading.Thread(target=self._flush_by_time, name="pool-flush", daemon=True).start()
+        os.register_at_fork(after_in_child=self._forked)
+
+    def issue(self, item: wire.Item, what: Any = "") -> None:
+        """Send an item soon. `what` describes it in an error (its `str`). The caller holds `lock`."""
+        self._append(item, what)
+        if len(self._items) >= FLUSH_ITEMS:
+            self.flush()
+            self.raise_failure()
+        elif len(self._items) == 1 and not self._awake.is_set():
+            self._awake.set()
+
+    def flush(self, payload: memoryview | bytes = b"") -> None:
+        """Send what has been issued, and note failures that have come in."""
+        with self.lock, _hold_back_interrupts():
+            if not payload:  # a payload's frame holds nothing else
+                self._free()
+            if not self._items or self.lost:
+                return
+            try:
+                self.connection.send(wire.Batch(self._items), payload)
+                self._sent += len(self._items)
+                self._items = []
+                while self._owed == 0 and self.connection.has_input():
+                    self._take(self.connection.receive()[0])
+            except (ConnectionLost, WireError) as error:
+                self._lose(error)
+            except BaseException:
+                self._lose(WireError("interrupted within a message"))
+                raise
+
+    def request(self, item: wire.Item, answer: type[Answer], what: Any = "") -> tuple[Answer, memoryview]:
+        """Issue an item, and wait for its answer and payload.
+
+        Raises:
+            OpError, torch.OutOfMemoryError, IndexError, …: the item failed, or one before it did.
+            ConnectionLost: the worker is gone.
+        """
+        return self.requests([item], answer, what)[0]
+
+    def requests(
+        self, items: list[wire.Item], answer: type[Answer], what: Any = "", into: memoryview = _NOWHERE
+    ) -> list[tuple[Answer, memoryview]]:
+        """Issue several items at once, and wait for all their answers, in order; payloads land in `into` if given."""
+        with self.lock:
+            with _hold_back_interrupts():
+                stale, self._owed = self._owed, self._owed + len(items)
+                self._free()
+                for item in items:
+                    self._append(item, what)
+                self.flush()
+            answers: list[tuple[Answer, memoryview]] = []
+            while self._owed and not self.lost:
+                if not self.connection.has_input(WAIT_S):
+                    continue  # a Ctrl-C while nothing comes is raised here; the answer is then owed to no one
+                with _hold_back_interrupts():
+                    message, payload = self._receive(into)
+                    if isinstance(message, wire.Failed) and not message.answer:
+                        self._take(message)
+                        continue
+                    self._owed -= 1
+                    if stale:
+                        stale -= 1  # the answer to a request that was interrupted
+                    elif isinstance(message, answer):
+                        answers.append((message, payload))
+                        into = into[len(payload) :]
+                    else:
+                        self._take(message)
+            self.raise_failure()
+            if len(answers) != len(items):
+                self._lose(WireError("the worker answered something else than it was asked"))
+                self.raise_failure()
+            if self.recorder is not None:
+                for item, (message, _) in zip(items, answers, strict=True):
+                    self.recorder.answered(item, message)
+            return answers
+
+    def write(self, handle: int, data: memoryview, what: Any) -> None:
+        """Send bytes into a tensor's storage; returns when the kernel has them, so that they may change after."""
+        with self.lock:
+            self.flush()
+            for start in range(0, len(data), wire.MAX_PAYLOAD_BYTES):
+                self.issue(wire.Write(handle, start), what)
+                self.flush(data[start : start + wire.MAX_PAYLOAD_BYTES])
+            self.raise_failure()
+
+    def seed(self, seed: int) -> None:
+        """Seed the worker's generator."""
+        with self.lock:
+            self.issue(wire.Seed(wire.BigInt(str(seed % 2**64))), "manual_seed")
+
+    def random_state(self) -> torch.Tensor:
+        """Return the state of the worker's generator."""
+        _, state = self.request(wire.GetRandomState(), wire.Data, "get_rng_state")
+        return torch.frombuffer(bytearray(state), dtype=torch.uint8)
+
+    def set_random_state(self, state: torch.Tensor) -> None:
+        """Set the state of the worker's generator."""
+        with self.lock:
+            self.issue(wire.SetRandomState(state.cpu().numpy().tobytes()), "set_rng_state")
+
+    def new_handles(self, count: int) -> int:
+        """Return the first of `count` handles. The caller holds `lock`."""
+        first = self.handle
+        self.handle = first + count
+        return first
+
+    def raise_failure(self) -> None:
+        """Raise what went wrong since the last time."""
+        if self.failure is not None:
+            failure, self.failure = self.failure, self.lost
+            raise failure
+
+    def close(self) -> None:
+        """End the session; what it had on the worker is freed there."""
+        with self.lock:
+            if self.lost is None:
+                self.flush()
+                self.lost = ConnectionLost("the session with the pool has ended")
+                self.failure = self.lost
+            self.connection.close()
+            self._awake.set()
+
+    def _free(self) -> None:
+        """Issue what nothing looks at any more as free."""
+        frees = self.frees
+        while frees:
+            handles = [frees.popleft().handle for _ in range(min(len(frees), wire.MAX_ITEMS))]
+            for handle in handles:
+                self.watched.pop(handle, None)
+            self._items.append(wire.Free(handles))
+
+    def _append(self, item: wire.Item, what: Any) -> None:
+        if self.recorder is not None:
+            self.recorder.issued(item, what)
+        number = self._sent + len(self._items)
+        self._items.append(item)
+        self._sites[number & (REMEMBERED_SITES - 1)] = (number, what, site())
+
+    def _receive(self, into: memoryview) -> tuple[wire.Message, memoryview]:
+        def place(message: wire.Message, length: int) -> memoryview:
+            return into[:length] if len(into) >= length else memoryview(bytearray(length))
+
+        try:
+            return self.connection.receive(None, place)
+        except (ConnectionLost, WireError) as error:
+            self._lose(error)
+            raise self.lost from None  # type: ignore[misc]
+        except BaseException:
+            self._lose(WireError("interrupted within an answer"))
+            raise
+
+    def _take(self, message: wire.Message) -> None:
+        """Note a failure that the worker reports."""
+        if isinstance(message, wire.Refused):
+            self._lose(WireError(f"the worker ended the session: {message.message}"))
+        elif not isinstance(message, wire.Failed):
+            self._lose(WireError("the worker sent something that nobody asked for"))
+        elif self.failure is None:
+            self.failure = self._error_of(message)
+
+    def _error_of(self, failed: wire.Failed) -> Exception:
+        known = self._sites[failed.item & (REMEMBERED_SITES - 1)]
+        text = failed.message
+        if known is not None and known[0] == failed.item:
+            _, what, issuer = known
+            where = f"{issuer[0].co_filename}:{issuer[1]}, in {issuer[0].co_name}" if issuer else "the backward pass"
+            text = f"{text}\n  in {what}\n  issued at {where}" if what else f"{text}\n  issued at {where}"
+        kinds: dict[str, Callable[[str], Exception]] = {
+            "memory": LeaseOutOfMemory,
+            "refused": OpRefused,
+            "index": IndexError,
+            "value": ValueError,
+            "type": TypeError,
+            "not-implemented": NotImplementedError,
+        }
+        return kinds.get(failed.kind, OpError)(text)
+
+    def _lose(self, error: Exception) -> None:
+        if self.lost is None:
+            self.lost = ConnectionLost(
+                f"lost the pool device pool:{self.index} (lease {self.lease}, worker {self.worker}): {error}. The "
+                "worker or its broker has ended, or the network between is broken; all tensors on the device are gone. "
+                "Check the pool with: millpond pool status; then start the program again, from its last checkpoint."
+            )
+        self.failure = self.lost
+        self._items.clear()
+        self.watched.clear()
+        self.frees.clear()
+        self.connection.close()
+
+    def _flush_by_time(self) -> None:
+        quiet = 0
+        while self.lost is None:
+            self._awake.wait()
+            time.sleep(FLUSH_S)
+            if self._items:
+                quiet = 0
+                self.flush()
+            elif (quiet := quiet + 1) >= IDLE_ROUNDS:
+                quiet = 0
+                self._awake.clear()
+                if self._items:
+                    self._awake.set()
+
+    def _forked(self) -> None:
+        """Keep a forked child off the connection: it is its parent's."""
+        self.lock = threading.RLock()
+        self.lost = ConnectionLost(
+            "the pool device cannot be used in a process that was forked after the device was used. "
+            "Start it with the 'spawn' method: multiprocessing.get_context('spawn')."
+        )
+        self.failure = self.lost
+
+
+@contextlib.contextmanager
+def _hold_back_interrupts() -> Iterator[None]:
+    """Put off a Ctrl-C to the end of the block, so that a message is sent or received whole; take a second one."""
+    original = signal.getsignal(signal.SIGINT)
+    if not callable(original) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[FrameType | None] = []
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        if held:
+            original(number, frame)
+        held.append(frame)
+
+    signal.signal(signal.SIGINT, hold)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, original)
+    if held:
+        original(signal.SIGINT, held[0])
+
+
+_OURS = (os.path.dirname(os.path.abspath(__file__)) + os.sep, os.path.dirname(torch.__file__) + os.sep)  # noqa: PTH120, PTH100
+_is_library: dict[str, bool] = {}
+"""By file: a code object as a key would be hashed whole each time."""
+
+
+def site() -> Site | None:
+    """Return the line of the user's program that runs now; None in autograd's own thread."""
+    frame: FrameType | None = sys._getframe(3)
+    while frame is not None:
+        code = frame.f_code
+        library = _is_library.get(code.co_filename)
+        if library is None:
+            library = _is_library[code.co_filename] = code.co_filename.startswith((*_OURS, "<frozen"))
+        if not library:
+            return code, frame.f_lineno
+        frame = frame.f_back
+    return None

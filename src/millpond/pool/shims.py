@@ -1,0 +1,142 @@
+"""Where PyTorch asks the C++ of a device for what one made in Python cannot give: the same, in Python.
+
+Each is here because a program would otherwise fail, or the process end. None changes what happens on other devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn.parameter import UninitializedParameter
+
+from millpond.pool.tensors import DEVICE, device_of, storage_device_of
+
+Tensor = torch.Tensor
+
+_new_storage: Callable[..., torch.UntypedStorage] = torch.UntypedStorage.__new__
+_write_storage: Callable[..., None] = torch.UntypedStorage._write_file
+_read_storage: Callable[..., torch.UntypedStorage] = torch.UntypedStorage._set_from_file
+_synchronize: Callable[..., None] = torch.accelerator.synchronize
+_swap_tensors: Callable[..., None] = torch.utils.swap_tensors
+_new_lazy: Callable[..., Tensor] = UninitializedParameter
+
+
+def install(library: torch.library.Library) -> None:
+    """Put all of them in place."""
+    # Module.to would else make new parameters, and lose that two modules share one, as it never does for a GPU.
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    torch.UntypedStorage.__new__ = new_storage  # type: ignore[method-assign,assignment]
+    torch.UntypedStorage._write_file = write_storage  # type: ignore[method-assign,assignment]
+    torch.UntypedStorage._set_from_file = read_storage  # type: ignore[method-assign,assignment]
+    torch.accelerator.synchronize = synchronize
+    torch.utils.swap_tensors = swap_tensors
+    for name in ("to", "cpu", "cuda", "double", "float", "half", "bfloat16"):
+        setattr(UninitializedParameter, name, lazy_conversion(name))
+    for name, kernel in (("is_pinned", is_pinned), ("_pin_memory", pin_memory)):
+        library.impl(name, kernel, "CPU")  # type: ignore[no-untyped-call]
+    for name, cell in (("_thnn_fused_lstm_cell", lstm_cell), ("_thnn_fused_gru_cell", gru_cell)):
+        for key in ("PrivateUse1", "AutogradPrivateUse1"):
+            library.impl(name, cell, key)  # type: ignore[no-untyped-call]
+
+
+def new_storage(cls: type[torch.UntypedStorage], *args: Any, device: Any = None, **kwargs: Any) -> torch.UntypedStorage:
+    """Make a storage; PyTorch has no allocator for the pool, and would fall over that."""
+    if device is None or torch.device(device).type != DEVICE:
+        return _new_storage(cls, *args, device=device, **kwargs)
+    size = args[0] if args else 0
+    if not isinstance(size, int):
+        raise TypeError("a storage of the pool device is made from its size in bytes")
+    return torch.empty(size, dtype=torch.uint8, device=device).untyped_storage()
+
+
+def write_storage(storage: torch.UntypedStorage, *args: Any) -> None:
+    """Write a storage to a file in the old format (as pickling a tensor does); PyTorch would read its address."""
+    if storage_device_of(storage).type == DEVICE:
+        storage = torch.UntypedStorage(storage.nbytes()).copy_(storage)  # type: ignore[no-untyped-call]
+    _write_storage(storage, *args)
+
+
+def read_storage(storage: torch.UntypedStorage, *args: Any) -> torch.UntypedStorage:
+    """Read a storage from such a file."""
+    if storage_device_of(storage).type != DEVICE:
+        return _read_storage(storage, *args)
+    host: Any = torch.UntypedStorage(storage.nbytes())  # type: ignore[no-untyped-call]
+    _read_storage(host, *args)
+    storage.copy_(host)
+    return storage
+
+
+def synchronize(device: Any = None, /) -> None:
+    """Wait for the accelerator."""
+    named = DEVICE if device is None or isinstance(device, int) else device
+    if torch.device(named).type in (DEVICE, "cuda"):
+        torch.get_device_module(DEVICE).synchronize(device)
+    else:
+        _synchronize(device)
+
+
+def lazy_conversion(name: str) -> Callable[..., Tensor]:
+    """Return a conversion for lazy parameters whose result is a plain tensor, as `Module.to` wants it, always."""
+
+    def convert(parameter: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        result: Tensor = getattr(Tensor, name)(parameter, *args, **kwargs)
+        return parameter.data if result is parameter else result
+
+    return convert
+
+
+def swap_tensors(one: Tensor, other: Tensor) -> None:
+    """Swap two tensors, as `Module.to` does; PyTorch would ask a lazy module's parameter for its gradient."""
+    if isinstance(one, UninitializedParameter):
+        moved = _new_lazy(one.requires_grad, device=device_of(other), dtype=other.dtype)
+        torch._C._swap_tensor_impl(one, moved)
+    else:
+        _swap_tensors(one, other)
+
+
+def pin_memory(tensor: Tensor, device: Any = None) -> Tensor:
+    """Return a copy that counts as pinned. Uploads go from any memory to the socket; none is better than another."""
+    pinned = tensor.clone()
+    pinned.untyped_storage().pinned = True  # type: ignore[attr-defined]
+    return pinned
+
+
+def is_pinned(tensor: Tensor, device: Any = None) -> bool:
+    """Return whether a tensor came from `pin_memory`."""
+    return getattr(tensor.untyped_storage(), "pinned", False)
+
+
+def lstm_cell(
+    input_gates: Tensor,
+    hidden_gates: Tensor,
+    cell: Tensor,
+    input_bias: Tensor | None = None,
+    hidden_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute an LSTM's step as PyTorch's CPU does; it takes the fused one, which a CPU worker lacks, for a GPU's."""
+    gates = _biased(input_gates, input_bias) + _biased(hidden_gates, hidden_bias)
+    into, forget, fresh, out = gates.chunk(4, 1)
+    cell = forget.sigmoid() * cell + into.sigmoid() * fresh.tanh()
+    return out.sigmoid() * cell.tanh(), cell, gates.new_empty(0)
+
+
+def gru_cell(
+    input_gates: Tensor,
+    hidden_gates: Tensor,
+    hidden: Tensor,
+    input_bias: Tensor | None = None,
+    hidden_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Compute a GRU's step as PyTorch's CPU does."""
+    of_input = _biased(input_gates, input_bias).chunk(3, 1)
+    of_hidden = _biased(hidden_gates, hidden_bias).chunk(3, 1)
+    reset = (of_hidden[0] + of_input[0]).sigmoid()
+    update = (of_hidden[1] + of_input[1]).sigmoid()
+    fresh = (of_input[2] + of_hidden[2] * reset).tanh()
+    return (hidden - fresh) * update + fresh, hidden.new_empty(0)
+
+
+def _biased(gates: Tensor, bias: Tensor | None) -> Tensor:
+    return gates if bias is None else gates + bias

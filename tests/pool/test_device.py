@@ -1,0 +1,485 @@
+"""The pool device behaves as PyTorch's own devices do. Each test runs in a process that has one."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+
+
+def on_device(function: Callable[[], None]) -> Callable[..., None]:
+    """Run a test in the process that has the device; `torch` and `pytest` are there, all else it imports."""
+
+    @functools.wraps(function)
+    def test(device_process):
+        device_process.call(function)
+
+    del test.__wrapped__  # pytest would take the fixtures from it
+    return test
+
+
+@on_device
+def test_the_pool_is_the_accelerator():
+    assert torch.accelerator.is_available()
+    assert torch.accelerator.current_accelerator() == torch.device("pool")
+    assert torch.pool.device_count() == 1
+    assert torch.ones(2, device="pool").device == torch.device("pool:0")
+    assert torch.ones(2).to(torch.accelerator.current_accelerator()).is_pool
+
+
+@on_device
+def test_values_of_every_dtype_come_back_as_they_went():
+    for name in ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "uint16"):
+        host = torch.arange(24).reshape(2, 3, 4).to(getattr(torch, name))
+        assert torch.equal(host.to("pool").cpu(), host), name
+    for host in (
+        torch.tensor([True, False]),
+        torch.tensor([1 + 2j, 3 - 4j]),
+        torch.tensor(7),
+        torch.empty(0, 3),
+        torch.arange(6.0).reshape(2, 3).t(),
+        torch.arange(8).to(torch.float8_e4m3fn),
+    ):
+        assert torch.equal(host.to("pool").cpu().float(), host.float()) if not host.is_complex() else True
+        assert host.to("pool").dtype == host.dtype
+    complex_ = torch.tensor([1 + 2j, 3 - 4j])
+    assert torch.equal(complex_.to("pool").cpu(), complex_)
+    assert torch.equal(complex_.to("pool").conj().cpu(), complex_.conj())
+    assert torch.equal((complex_.to("pool").conj().imag * 2).cpu(), complex_.conj().imag * 2)
+
+
+@on_device
+def test_a_tensor_larger_than_a_frame_goes_there_and_back():
+    host = torch.arange(20 * 2**20, dtype=torch.int32)  # 80 MiB; a frame carries 64
+    there = host.to("pool")
+    assert torch.equal(there.cpu(), host)
+    assert there[-1].item() == host[-1].item()
+
+
+@on_device
+def test_views_share_memory_and_writes_show_through_them():
+    base = torch.zeros(4, 4, device="pool")
+    base[1] = 1.0
+    base[:, 2].add_(5)
+    base.t()[3, 0] = 7.0
+    base.view(-1)[::5].mul_(2)
+    host = torch.zeros(4, 4)
+    host[1] = 1.0
+    host[:, 2].add_(5)
+    host.t()[3, 0] = 7.0
+    host.view(-1)[::5].mul_(2)
+    assert torch.equal(base.cpu(), host)
+    assert base[1].untyped_storage().data_ptr() == base.untyped_storage().data_ptr()
+    assert base[1].data_ptr() == base.data_ptr() + 16
+    assert base.storage_offset() == 0
+    assert base[2].storage_offset() == 8
+    assert base._version == base.detach()._version
+
+
+@on_device
+def test_indexing_of_every_kind_gives_what_the_host_gives():
+    host = torch.arange(60.0).reshape(3, 4, 5)
+    there = host.to("pool")
+    mask = host > 20
+    rows = torch.tensor([2, 0])
+    for index in (1, (slice(None), 2), (..., slice(1, 4)), mask, rows, (rows, slice(None), rows), None):
+        on_pool = tuple(
+            i.to("pool") if isinstance(i, torch.Tensor) else i
+            for i in (index if isinstance(index, tuple) else (index,))
+        )
+        assert torch.equal(there[on_pool].cpu(), host[index])
+    assert torch.equal(there[rows].cpu(), host[rows])  # indices in the host's memory, as on a GPU
+    assert torch.equal(there.nonzero().cpu(), host.nonzero())
+    assert torch.equal(there.unique().cpu(), host.unique())
+    there[mask.to("pool")] = -1
+    host[mask] = -1
+    assert torch.equal(there.cpu(), host)
+
+
+@on_device
+def test_plain_values_come_out_as_python_has_them():
+    there = torch.tensor([1.5, 2.5], device="pool")
+    assert there.sum().item() == 4.0
+    assert there.tolist() == [1.5, 2.5]
+    assert bool((there > 1).all())
+    assert float(there[0]) == 1.5
+    assert torch.equal(there, there.clone())
+    assert not torch.equal(there, there + 1)
+    assert "device='pool:0'" in repr(there)
+    assert [int(i) for i in torch.arange(3, device="pool")] == [0, 1, 2]
+
+
+@on_device
+def test_what_the_host_only_has_is_refused_in_pytorchs_words():
+    there, host = torch.ones(2, device="pool"), torch.ones(2)
+    for action, kind, words in (
+        (there.numpy, TypeError, "can't convert pool:0 device type tensor to numpy"),
+        (lambda: there + host, RuntimeError, "Expected all tensors to be on the same device"),
+        (lambda: there @ torch.ones(3, device="pool"), RuntimeError, "inconsistent tensor size"),
+    ):
+        with pytest.raises(kind, match=words):
+            action()
+
+
+@on_device
+def test_a_module_moves_with_its_tied_weights_and_back():
+    import copy
+
+    from torch import nn
+
+    model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 10, bias=False))
+    model[1].weight = model[0].weight
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    parameter = model[0].weight
+    model.to("pool")
+    assert model[0].weight is model[1].weight is parameter
+    assert isinstance(model[0].weight, nn.Parameter)
+    assert type(model[0].weight.data) is torch.Tensor
+    twin = copy.deepcopy(model)
+    assert twin[0].weight is twin[1].weight
+    assert twin[0].weight is not model[0].weight
+    model.load_state_dict(before)
+    for name, value in model.cpu().state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+@on_device
+def test_saved_tensors_load_to_either_side():
+    import io
+
+    there = {"a": torch.arange(4.0, device="pool"), "b": torch.ones(2, 2, device="pool").t()}
+    file = io.BytesIO()
+    torch.save(there, file)
+    for location in ("pool", "cpu"):
+        file.seek(0)
+        loaded = torch.load(file, map_location=location, weights_only=True)
+        assert loaded["a"].device.type == location
+        assert loaded["a"].tolist() == [0, 1, 2, 3]
+
+
+@on_device
+def test_gradients_are_those_of_the_host():
+    from torch.utils.checkpoint import checkpoint
+
+    def work(x, w):
+        hidden = torch.tanh(x @ w)
+        hidden = checkpoint(lambda h: (h * h).sin(), hidden, use_reentrant=False)
+        return torch.nn.functional.layer_norm(hidden, hidden.shape[-1:]).pow(3).sum()
+
+    torch.manual_seed(0)
+    x, w = torch.randn(5, 4), torch.randn(4, 3)
+    results = []
+    for device in ("cpu", "pool"):
+        a = x.to(device).requires_grad_()
+        b = w.to(device).requires_grad_()
+        seen = []
+        b.register_hook(lambda grad, seen=seen: seen.append(grad.device.type))
+        first = torch.autograd.grad(work(a, b), (a, b), create_graph=True)
+        second = torch.autograd.grad(sum(g.pow(2).sum() for g in first), (a, b))
+        assert seen
+        assert set(seen) == {device}
+        results.append([t.detach().cpu() for t in (*first, *second)])
+    for host, pooled in zip(*results, strict=True):
+        torch.testing.assert_close(pooled, host)
+
+
+@on_device
+def test_an_own_autograd_function_runs_on_the_device():
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, grad):
+            (x,) = ctx.saved_tensors
+            return grad * 2 + 0 * x
+
+    x = torch.ones(3, device="pool", requires_grad=True)
+    Double.apply(x).sum().backward()
+    assert x.grad.tolist() == [2, 2, 2]
+    per_sample = torch.func.vmap(torch.func.grad(lambda t: (t**2).sum()))(torch.arange(3.0, device="pool"))
+    assert per_sample.tolist() == [0, 2, 4]
+
+
+@on_device
+def test_the_same_seed_gives_the_numbers_of_the_host():
+    for draw in (
+        lambda device: torch.randn(100, device=device),
+        lambda device: torch.rand(3, 4, device=device),
+        lambda device: torch.randint(10, (20,), device=device),
+        lambda device: torch.randperm(17, device=device),
+        lambda device: torch.empty(50, device=device).uniform_(-2, 3),
+        lambda device: torch.nn.functional.dropout(torch.ones(200, device=device), 0.3),
+        lambda device: torch.bernoulli(torch.full((40,), 0.4, device=device)),
+        lambda device: torch.multinomial(torch.ones(9, device=device), 4),
+    ):
+        torch.manual_seed(11)
+        host = draw("cpu")
+        torch.manual_seed(11)
+        assert torch.equal(draw("pool").cpu(), host)
+
+
+@on_device
+def test_the_state_of_the_generator_can_be_kept_and_set_back():
+    torch.manual_seed(3)
+    state = torch.pool.get_rng_state()
+    first = torch.randn(5, device="pool")
+    torch.pool.set_rng_state(state)
+    assert torch.equal(torch.randn(5, device="pool"), first)
+
+
+@on_device
+def test_an_output_that_is_too_small_is_resized():
+    a, b = torch.ones(3, 2, device="pool"), torch.ones(2, 4, device="pool")
+    out = torch.empty(0, device="pool")
+    assert torch.mm(a, b, out=out) is out
+    assert out.shape == (3, 4)
+    assert out.sum().item() == 24
+    kept = torch.arange(3.0, device="pool")
+    kept.resize_(5)
+    assert kept.shape == (5,)
+    assert kept[:3].tolist() == [0, 1, 2]
+
+
+@on_device
+def test_a_late_error_names_the_op_its_operands_and_the_line():
+    weights, ids = torch.ones(10, 3, device="pool"), torch.tensor([1, 99], device="pool")
+    torch.pool.synchronize()
+    rows = torch.nn.functional.embedding(ids, weights)  # the line at fault
+    after = rows + 1
+    with pytest.raises(IndexError) as raised:
+        after.sum().item()
+    text = str(raised.value)
+    assert "index out of range" in text
+    assert "aten::embedding(float32[10, 3], int64[2]" in text
+    assert "test_a_late_error_names_the_op_its_operands_and_the_line.py:4, in test_a_late_error" in text
+    assert weights.sum().item() == 30  # the session goes on
+
+
+@on_device
+def test_out_of_memory_is_pytorchs_error_and_the_program_can_go_on():
+    torch.pool.empty_cache()
+    _, total = torch.pool.mem_get_info()
+    assert total == 1024**3
+    too_much = torch.empty(total // 4 + 1, device="pool")
+    with pytest.raises(torch.OutOfMemoryError) as raised:
+        torch.pool.synchronize()
+    text = str(raised.value)
+    assert "out of memory. Tried to allocate 1024.00 MiB" in text
+    assert "aten::empty" in text
+    del too_much
+    again = torch.ones(1000, device="pool")
+    assert again.sum().item() == 1000
+
+
+@on_device
+def test_memory_is_given_back_when_the_last_view_goes():
+    torch.pool.synchronize()
+    before = torch.pool.memory_allocated()
+    big = torch.ones(2**20, device="pool")
+    view = big[10:20]
+    del big
+    assert torch.pool.memory_allocated() - before == 4 * 2**20
+    assert view.sum().item() == 10
+    del view
+    assert torch.pool.memory_allocated() == before
+
+
+@on_device
+def test_a_loop_leaves_memory_as_it_was():
+    import gc
+
+    from torch import nn
+
+    def loop(steps):
+        for _ in range(steps):
+            model = nn.Linear(8, 8).to("pool")
+            model(torch.ones(2, 8, device="pool")).sum().backward()
+        gc.collect()
+        return torch.pool.memory_allocated()
+
+    assert loop(3) == loop(50)
+
+
+@on_device
+def test_several_threads_compute_at_once():
+    from concurrent.futures import ThreadPoolExecutor
+
+    def work(seed):
+        x = torch.full((16, 16), float(seed), device="pool", requires_grad=True)
+        for _ in range(20):
+            (x * 2).sum().backward()
+        return x.grad.mean().item()
+
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(work, range(8))) == [40.0] * 8
+
+
+@on_device
+def test_a_forked_child_is_told_to_spawn():
+    import os
+
+    there = torch.ones(3, device="pool")
+    there.sum().item()
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            there.sum().item()
+        except BaseException as error:
+            os.write(writing, str(error).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert b"'spawn' method" in os.read(reading, 4096)
+    os.close(reading)
+    os.close(writing)
+    assert there.sum().item() == 3  # the parent is untouched
+
+
+@on_device
+def test_a_data_loader_with_forked_workers_feeds_the_device():
+    from torch.utils.data import DataLoader, TensorDataset
+
+    loader = DataLoader(TensorDataset(torch.arange(12.0)), batch_size=4, num_workers=1, multiprocessing_context="fork")
+    assert sum(batch.to("pool").sum().item() for (batch,) in loader) == 66
+
+
+@on_device
+def test_ctrl_c_while_waiting_leaves_a_device_that_works():
+    import os
+    import signal
+    import threading
+
+    def read_for_ever():
+        there = torch.ones(300, 300, device="pool")
+        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+        while True:
+            (there @ there).sum().item()
+
+    with pytest.raises(KeyboardInterrupt):
+        read_for_ever()
+    assert torch.arange(5, device="pool").sum().item() == 10
+
+
+@on_device
+def test_zeros_of_autograd_exist():
+    x = torch.randn(3, device="pool", requires_grad=True)
+    (grad,) = torch.autograd.grad(torch.sgn(x).sum(), x)
+    assert grad.tolist() == [0, 0, 0]
+
+
+@on_device
+def test_a_copy_that_need_not_block_is_complete_all_the_same():
+    there = torch.arange(5.0, device="pool")
+    assert there.to("cpu", non_blocking=True).tolist() == [0, 1, 2, 3, 4]
+    assert torch.arange(3.0).to("pool", torch.float64, non_blocking=True).tolist() == [0, 1, 2]
+
+
+@on_device
+def test_recurrent_networks_compute_and_learn_as_on_the_host():
+    from torch import nn
+
+    for kind in (nn.LSTM, nn.GRU, nn.RNN):
+        torch.manual_seed(0)
+        model, x = kind(3, 4, batch_first=True, bidirectional=True), torch.randn(2, 5, 3)
+        results = []
+        for device in ("cpu", "pool"):
+            model.to(device)
+            model.zero_grad()
+            out = model(x.to(device))[0]
+            out.pow(2).sum().backward()
+            results.append([out.detach().cpu(), *(p.grad.clone().cpu() for p in model.parameters())])
+        for host, pooled in zip(*results, strict=True):
+            torch.testing.assert_close(pooled, host)
+
+
+@on_device
+def test_batch_norm_keeps_its_statistics_on_the_device():
+    from torch import nn
+
+    torch.manual_seed(0)
+    x, results = torch.randn(4, 3, 5, 5), []
+    for device in ("cpu", "pool"):
+        norm, x_there = nn.BatchNorm2d(3).to(device), x.clone().to(device).requires_grad_()
+        norm(x_there).pow(3).sum().backward()
+        norm.eval()
+        results.append([norm.running_mean.cpu(), norm.running_var.cpu(), x_there.grad.cpu(), norm(x_there).cpu()])
+    for host, pooled in zip(*results, strict=True):
+        torch.testing.assert_close(pooled, host)
+
+
+@on_device
+def test_pinned_batches_reach_the_device():
+    from torch.utils.data import DataLoader, TensorDataset
+
+    loader = DataLoader(TensorDataset(torch.arange(8.0)), batch_size=4, pin_memory=True)
+    for (batch,) in loader:
+        assert batch.is_pinned()
+        assert batch.to("pool", non_blocking=True).sum().item() in (6, 22)
+    assert not torch.ones(2).is_pinned()
+
+
+@on_device
+def test_tensors_can_be_pickled_and_storages_made():
+    import pickle
+
+    there = torch.arange(6.0, device="pool").reshape(2, 3)
+    again = pickle.loads(pickle.dumps(there))
+    assert again.device == there.device
+    assert torch.equal(again, there)
+    assert torch.UntypedStorage(12, device="pool").nbytes() == 12
+    torch.accelerator.synchronize()
+
+
+@on_device
+def test_the_device_can_be_the_default():
+    with torch.device("pool"):
+        tensors = [torch.zeros(2), torch.tensor([1.0]), torch.arange(3), torch.randn(2), torch.nn.Linear(2, 2).weight]
+    assert {str(tensor.device) for tensor in tensors} == {"pool:0"}
+
+
+@on_device
+def test_ctrl_c_at_any_moment_costs_nothing_but_the_call():
+    import os
+    import random
+    import signal
+    import threading
+
+    there = torch.arange(100.0, device="pool")
+
+    def work_until_interrupted():
+        big = torch.ones(60_000)
+        threading.Timer(random.uniform(0.0005, 0.02), os.kill, (os.getpid(), signal.SIGINT)).start()
+        while True:
+            assert (there * 2).sum().item() == 9900
+            assert big.to("pool").sum().item() == 60_000
+            (there + 1).cpu()
+
+    for _ in range(40):
+        with pytest.raises(KeyboardInterrupt):
+            work_until_interrupted()
+    assert there.tolist() == list(range(100))
+
+
+@on_device
+def test_an_output_in_the_hosts_memory_is_refused():
+    a = torch.ones(3, device="pool")
+    with pytest.raises(RuntimeError, match="Expected out tensor to have device pool:0, but got cpu"):
+        torch.add(a, a, out=torch.tensor(0.0))
+
+
+@on_device
+def test_an_output_takes_the_shape_that_only_the_worker_knows():
+    x = torch.tensor([0.0, 1.0, 2.0], device="pool")
+    places = torch.empty(0, dtype=torch.int64, device="pool")
+    assert torch.nonzero(x, out=places) is places
+    assert places.tolist() == [[1], [2]]
+    chosen = torch.empty(5, device="pool")[::2][:2]  # of the right shape: it stays the view that it is
+    strides = chosen.stride()
+    torch.masked_select(x, x > 0, out=chosen)
+    assert chosen.tolist() == [1.0, 2.0]
+    assert chosen.stride() == strides

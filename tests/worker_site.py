@@ -1,0 +1,78 @@
+"""A worker process as the broker starts it, for tests of the device and of what hostile clients do to it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+
+from millpond.pool import attach, transport, wire
+from millpond.pool.worker import Orders, Report
+
+GIB = 1024**3
+TOKEN = "the lease's token"
+
+
+class WorkerProcess:
+    """A worker started as the broker starts it."""
+
+    def __init__(self, memory_bytes: int = GIB, *, log: Path) -> None:
+        self.log = log
+        with log.open("wb") as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "millpond.pool.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+            )
+        assert self.process.stdin is not None
+        orders = Orders("lease-1", TOKEN, "127.0.0.1", "cpu", memory_bytes, os.getpid())
+        self.process.stdin.write(msgspec.json.encode(orders) + b"\n")
+        self.process.stdin.flush()
+        self.memory_bytes = memory_bytes
+        self.port = self.next_report().port
+
+    def next_report(self) -> Report:
+        """Wait for the worker's next report."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, f"the worker ended: {self.log.read_text()}"
+        return msgspec.json.decode(line, type=Report)
+
+    @property
+    def address(self) -> wire.WorkerAddress:
+        """As the broker would tell a client."""
+        return wire.WorkerAddress("127.0.0.1", self.port, TOKEN, self.process.pid, "CPU", self.memory_bytes)
+
+    def environment(self) -> dict[str, str]:
+        """The environment of a program under this lease."""
+        return {**os.environ, **attach.environment("lease-1", [self.address])}
+
+    def run(self, program: str, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
+        """Run a Python program on the device to its end."""
+        return subprocess.run(
+            [sys.executable, "-c", program],
+            env=self.environment(),
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+        )
+
+    def connect(self, token: str = TOKEN) -> transport.Connection:
+        """Open a session."""
+        connection, _ = transport.connect(
+            "127.0.0.1", self.port, token, "2.13.0", sends="to-worker", receives="from-worker"
+        )
+        return connection
+
+    def close(self) -> None:
+        """Kill the worker."""
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                pipe.close()
