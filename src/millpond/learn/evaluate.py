@@ -1,0 +1,133 @@
+"""How good answers are: accuracy, F1, confusion, calibration, the worst mistakes. Plain NumPy, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from millpond.learn.datasets import Split
+from millpond.schema import PairedCount
+
+CALIBRATION_BINS = 15
+SHOWN_CHARACTERS = 500
+
+
+class ClassScore(msgspec.Struct, frozen=True, kw_only=True):
+    """How one label fared."""
+
+    label: str
+    rows: int
+    precision: float
+    recall: float
+    f1: float
+
+
+class CalibrationBin(msgspec.Struct, frozen=True, kw_only=True):
+    """Answers of like confidence: how many, how sure they were, how often they were right."""
+
+    rows: int
+    confidence: float
+    accuracy: float
+
+
+class Mistake(msgspec.Struct, frozen=True, kw_only=True):
+    """A wrong answer: `row` is its place in the split, `probability` what the model gave its answer."""
+
+    row: int
+    text: str
+    label: str
+    predicted: str
+    probability: float
+
+
+class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything measured on one split; `confusion[i][j]` counts texts of label i answered with label j."""
+
+    rows: int
+    accuracy: float
+    macro_f1: float
+    log_loss: float
+    calibration_error: float
+    labels: list[str]
+    classes: list[ClassScore]
+    confusion: list[list[int]]
+    calibration: list[CalibrationBin]
+    worst: list[Mistake]
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Return the single numbers, as a model's config carries them."""
+        return {
+            "accuracy": round(self.accuracy, 6),
+            "macro_f1": round(self.macro_f1, 6),
+            "log_loss": round(self.log_loss, 6),
+            "calibration_error": round(self.calibration_error, 6),
+        }
+
+
+def evaluate(probability: NDArray[np.float32], split: Split, labels: Sequence[str], worst: int = 20) -> Evaluation:
+    """Compare probabilities [texts, labels] with the truth."""
+    truth, answer = split.labels, probability.argmax(1)
+    count = len(labels)
+    confusion = np.bincount(truth * count + answer, minlength=count * count).reshape(count, count)
+    hit, of_truth, of_answer = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+    precision, recall = _ratio(hit, of_answer), _ratio(hit, of_truth)
+    f1 = _ratio(2 * hit, of_truth + of_answer)
+    confidence = probability.max(1).astype(np.float64)
+    bins = _calibration(confidence, answer == truth)
+    wrong = np.flatnonzero(answer != truth)
+    wrong = wrong[np.argsort(-confidence[wrong], kind="stable")][:worst]
+    return Evaluation(
+        rows=len(truth),
+        accuracy=float((answer == truth).mean()),
+        macro_f1=float(f1[of_truth > 0].mean()),
+        log_loss=float(-np.log(np.maximum(probability[np.arange(len(truth)), truth], 1e-12)).mean()),
+        calibration_error=sum(b.rows * abs(b.confidence - b.accuracy) for b in bins) / len(truth),
+        labels=list(labels),
+        classes=[
+            ClassScore(label=name, rows=int(n), precision=float(p), recall=float(r), f1=float(f))
+            for name, n, p, r, f in zip(labels, of_truth, precision, recall, f1, strict=True)
+        ],
+        confusion=confusion.tolist(),
+        calibration=bins,
+        worst=[
+            Mistake(
+                row=int(i),
+                text=split.texts[i][:SHOWN_CHARACTERS],
+                label=labels[truth[i]],
+                predicted=labels[answer[i]],
+                probability=round(float(confidence[i]), 6),
+            )
+            for i in wrong
+        ],
+    )
+
+
+def paired(candidate: NDArray[np.bool_], champion: NDArray[np.bool_] | None) -> PairedCount:
+    """Count who was right on the same rows; without a champion, the candidate alone."""
+    if champion is None:
+        champion = np.zeros_like(candidate)
+    return PairedCount(
+        rows=len(candidate),
+        both_right=int((candidate & champion).sum()),
+        only_champion_right=int((~candidate & champion).sum()),
+        only_candidate_right=int((candidate & ~champion).sum()),
+    )
+
+
+def _calibration(confidence: NDArray[np.float64], right: NDArray[np.bool_]) -> list[CalibrationBin]:
+    """Group answers into bins of equal width (expected calibration error, Naeini et al. 2015)."""
+    which = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+    rows = np.bincount(which, minlength=CALIBRATION_BINS)
+    sure, hits = np.bincount(which, confidence), np.bincount(which, right)
+    return [
+        CalibrationBin(rows=int(rows[i]), confidence=float(sure[i] / rows[i]), accuracy=float(hits[i] / rows[i]))
+        for i in np.flatnonzero(rows)
+    ]
+
+
+def _ratio(part: NDArray[np.int64], whole: NDArray[np.int64]) -> NDArray[np.float64]:
+    return np.divide(part, whole, out=np.zeros(len(part)), where=whole > 0)

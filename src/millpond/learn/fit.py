@@ -1,0 +1,104 @@
+"""From the rows of a recipe to a trained model on its device. The command line and the job both call this."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from millpond.learn.datasets import Dataset, Split
+from millpond.learn.encoded import Encoded
+from millpond.learn.models import ModelOptions, TextModel, build, options_of
+from millpond.learn.recipes import Recipe, hold_back
+from millpond.learn.train import Progress, Training, complete, predict, train
+from millpond.schema import JobProgress
+from millpond.text import TextEncoder
+
+Report = Callable[[JobProgress], None]
+"""Told where a run is: the command line draws a bar, a job appends to progress.jsonl."""
+
+
+@dataclass
+class Stopwatch:
+    """Seconds of each stage."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to a stage."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.monotonic() - started, 3)
+
+
+@dataclass
+class Trained:
+    """A trained model, on its device."""
+
+    model: TextModel
+    encoder: TextEncoder
+    options: ModelOptions
+    training: Training
+    train_rows: int
+    device: torch.device
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device to train on; `auto` is the accelerator, a pool's lease included, or else the CPU."""
+    if name != "auto":
+        return torch.device(name)
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
+def fit(
+    recipe: Recipe, dataset: Dataset, used: Split, device: torch.device, report: Report, watch: Stopwatch
+) -> Trained:
+    """Train the recipe's model on the rows `used`.
+
+    Raises:
+        TrainingError: training cannot go on.
+    """
+    architecture = recipe.model.architecture
+    options = options_of(architecture, recipe.model.options)
+    with watch.stage("encode"):
+        report(JobProgress(stage="data", note=f"encoding {len(used):,} texts"))
+        learned, held = hold_back(recipe, dataset, used)
+        encoder = TextEncoder.learn(
+            learned.texts, options.text_config(), min_count=options.min_count, max_vocabulary=options.max_vocabulary
+        )
+        encoded = Encoded.of(encoder, learned.texts)
+        validation = (Encoded.of(encoder, held.texts), held.labels) if held else None
+    with watch.stage("train"):
+        torch.manual_seed(recipe.seed)
+        model = build(architecture, options, encoder.rows, len(dataset.labels))
+        model.prepare(encoded, learned.labels)
+
+        def on_progress(at: Progress) -> None:
+            done, total = (at.epoch - 1) * at.steps + at.step, at.epochs * at.steps
+            note = f"epoch {at.epoch}/{at.epochs}, {at.texts_per_s:,.0f} texts/s"
+            report(JobProgress(stage="train", done=done, total=total, loss=at.loss, accuracy=at.accuracy, note=note))
+
+        training = train(
+            model,
+            encoded,
+            learned.labels,
+            validation,
+            complete(recipe.training, architecture, len(learned)),
+            device,
+            seed=recipe.seed,
+            on_progress=on_progress,
+        )
+    return Trained(model, encoder, options, training, len(learned), device)
+
+
+def answer(model: TextModel, encoder: TextEncoder, texts: Sequence[str], device: torch.device) -> NDArray[np.float32]:
+    """Return the probabilities [texts, labels] of texts."""
+    return predict(model, Encoded.of(encoder, texts), device)

@@ -1,0 +1,66 @@
+"""What training, evaluation and export ask of a model and of its options; each model is one file that keeps this."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Annotated
+
+import msgspec
+import numpy as np
+import onnx
+from msgspec import Meta
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from millpond.learn.encoded import Encoded
+from millpond.text import TextConfig
+
+
+class ModelOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Sizes and constants of a model: scalars all, so that config.json can carry them."""
+
+    min_count: Annotated[int, Meta(ge=1)]
+    """Times a word must be seen in training to be known."""
+    max_vocabulary: Annotated[int, Meta(ge=2)] = 100_000
+    max_words: Annotated[int, Meta(ge=1, le=1_000_000)] = 100_000
+    """Words of a text that are read."""
+
+    def text_config(self) -> TextConfig:
+        """Return how texts become ids for this model."""
+        raise NotImplementedError
+
+
+EVALUATION_FLOATS = 2**26
+"""Numbers that a batch may take on the device when nothing is learned: 256 MiB."""
+
+
+class TextModel(nn.Module):
+    """A model from ids to logits. A text's logits must not depend on the other texts of its batch."""
+
+    floats_per_id: int
+    """Numbers computed for each id of a text, which bounds how many ids an evaluation batch may have."""
+
+    @abstractmethod
+    def prepare(self, data: Encoded, labels: NDArray[np.int64]) -> None:
+        """Set what is counted, not learned, from the training texts."""
+
+    @staticmethod
+    @abstractmethod
+    def batch(data: Encoded) -> NDArray[np.int32]:
+        """Return what `forward` takes for these texts, as one array: one upload a step."""
+
+    @abstractmethod
+    def forward(self, batch: Tensor, texts: int) -> Tensor:
+        """Return logits [texts, labels] of a batch."""
+
+    @abstractmethod
+    def weights(self) -> dict[str, Tensor]:
+        """Return what answers are computed from, on the CPU."""
+
+    @abstractmethod
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
+        """Take weights that `weights` returned."""
+
+    @abstractmethod
+    def onnx_nodes(self) -> tuple[list[onnx.NodeProto], dict[str, NDArray[np.generic]]]:
+        """Return the nodes that lead from `ids` [texts, longest] to `logits`, and the constants they use."""

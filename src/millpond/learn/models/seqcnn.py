@@ -1,0 +1,111 @@
+"""Seq-CNN: embedding, two convolutions over the words, ELU, maximum over time, linear.
+
+Johnson and Zhang, "Effective Use of Word Order", 2014, in the form of the MLPerf Training sentiment reference
+(embedding 1024, widths 3 and 4, 1024 filters each).
+
+Shape suffixes: B texts, L words of the longest, E embedding, F filters, C labels.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import numpy as np
+import onnx
+import torch
+from msgspec import Meta
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from millpond.learn.encoded import Encoded
+from millpond.learn.models.model import ModelOptions, TextModel
+from millpond.text import TextConfig
+
+WIDTHS = (3, 4)
+"""Words under each convolution, as in the reference."""
+
+
+class SeqCnnOptions(ModelOptions, frozen=True, kw_only=True):
+    """The defaults suit a CPU; the reference's are embedding 1024, filters 1024, min_count 150, no dropout."""
+
+    embedding: Annotated[int, Meta(ge=1, le=8192)] = 64
+    filters: Annotated[int, Meta(ge=1, le=8192)] = 96
+    min_count: Annotated[int, Meta(ge=1)] = 20
+    max_words: Annotated[int, Meta(ge=1, le=100_000)] = 256
+    dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.5
+
+    def text_config(self) -> TextConfig:
+        """Return how texts become ids for this model."""
+        return TextConfig(features="words", max_words=self.max_words)
+
+
+class SeqCnn(TextModel):
+    """A text's logits do not depend on the other texts of its batch: padding is zero and never the maximum."""
+
+    def __init__(self, options: SeqCnnOptions, rows: int, labels: int) -> None:
+        super().__init__()
+        self.floats_per_id = options.embedding + options.filters * len(WIDTHS)
+        self.embedding = nn.Embedding(rows, options.embedding, padding_idx=0)
+        self.convolutions = nn.ModuleList(nn.Conv1d(options.embedding, options.filters, width) for width in WIDTHS)
+        self.dropout = nn.Dropout(options.dropout)
+        self.linear = nn.Linear(options.filters * len(WIDTHS), labels)
+        nn.init.normal_(self.embedding.weight, std=0.1)
+        with torch.no_grad():
+            self.embedding.weight[0] = 0.0
+
+    def prepare(self, data: Encoded, labels: NDArray[np.int64]) -> None:
+        """Do nothing: this model learns by its gradient alone."""
+
+    @staticmethod
+    def batch(data: Encoded) -> NDArray[np.int32]:
+        """Return what `forward` takes for these texts, as one array [B, L]: ids, 0 where a text has ended."""
+        return data.padded()
+
+    def forward(self, batch: Tensor, texts: int) -> Tensor:
+        """Return logits [texts, labels] of a batch."""
+        id_BL = batch.long()
+        x_BEL = self.embedding(id_BL).transpose(1, 2)
+        ended_B1L = (id_BL == 0).unsqueeze(1)
+        pooled = []
+        for width, convolution in zip(WIDTHS, self.convolutions, strict=True):
+            # One value a word, the window around it as in the reference (context_start = -width // 2).
+            y_BFL = convolution(functional.pad(x_BEL, (width // 2, (width - 1) // 2)))
+            # ELU is monotone, so it may follow the maximum: it then costs a row, not a text.
+            pooled.append(functional.elu(y_BFL.masked_fill(ended_B1L, -torch.inf).amax(2)))
+        logits_BC: Tensor = self.linear(self.dropout(torch.cat(pooled, 1)))
+        return logits_BC
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return what answers are computed from, on the CPU."""
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
+        """Take weights that `weights` returned."""
+        self.load_state_dict(weights)
+
+    def onnx_nodes(self) -> tuple[list[onnx.NodeProto], dict[str, NDArray[np.generic]]]:
+        """Return the nodes that lead from `ids` [texts, longest] to `logits`, and the constants they use."""
+        make = onnx.helper.make_node
+        constants: dict[str, NDArray[np.generic]] = {name: tensor.numpy() for name, tensor in self.weights().items()}
+        constants |= {"zero": np.array(0), "lowest": np.array(-np.inf, np.float32), "axis1": np.array([1])}
+        constants["axis2"] = np.array([2])
+        nodes = [
+            make("Gather", ["embedding.weight", "ids"], ["embedded"]),
+            make("Transpose", ["embedded"], ["x"], perm=[0, 2, 1]),
+            make("Equal", ["ids", "zero"], ["is_padding"]),
+            make("Unsqueeze", ["is_padding", "axis1"], ["ended"]),
+        ]
+        for i, width in enumerate(WIDTHS):
+            weight, bias = f"convolutions.{i}.weight", f"convolutions.{i}.bias"
+            nodes += [
+                make("Conv", ["x", weight, bias], [f"y{i}"], pads=[width // 2, (width - 1) // 2]),
+                make("Where", ["ended", "lowest", f"y{i}"], [f"alive{i}"]),
+                make("ReduceMax", [f"alive{i}", "axis2"], [f"highest{i}"], keepdims=0),
+                make("Elu", [f"highest{i}"], [f"pooled{i}"]),
+            ]
+        nodes += [
+            make("Concat", [f"pooled{i}" for i in range(len(WIDTHS))], ["features"], axis=1),
+            make("Gemm", ["features", "linear.weight", "linear.bias"], ["logits"], transB=1),
+        ]
+        return nodes, constants

@@ -1,0 +1,155 @@
+"""A run by hand: from a recipe to a directory with the model, its metrics, its worst mistakes and its pictures."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+
+from millpond.learn.datasets import DataError, Dataset, Split
+from millpond.learn.evaluate import Evaluation, evaluate
+from millpond.learn.export import read_model, write_model
+from millpond.learn.fit import Report, Stopwatch, Trained, answer, fit, pick_device
+from millpond.learn.recipes import Recipe, load_data, used_rows
+from millpond.registry import DataSource, Lineage
+from millpond.schema import JobProgress
+from millpond.settings import LearnSettings
+
+
+@dataclass
+class Run:
+    """What a run by hand came to; its files are in `directory`, the model in `directory`/model."""
+
+    directory: Path
+    recipe: Recipe
+    dataset: Dataset
+    trained: Trained
+    evaluation: Evaluation
+    watch: Stopwatch
+
+    def summary(self) -> dict[str, Any]:
+        """Return the run in plain values, as metrics.json holds it."""
+        training = self.trained.training
+        return {
+            "directory": str(self.directory),
+            "data": {
+                "name": self.dataset.name,
+                "digest": self.dataset.digest,
+                "source": self.dataset.source,
+                "official_test": self.dataset.official_test,
+                "bad_rows": self.dataset.bad_rows.count,
+                "train_rows": self.trained.train_rows,
+                "test_rows": len(self.dataset.test),
+            },
+            "recipe": msgspec.to_builtins(self.recipe),
+            "device": str(self.trained.device),
+            "epochs": [asdict(epoch) for epoch in training.epochs],
+            "best_epoch": training.best,
+            "interrupted": training.interrupted,
+            "test": msgspec.to_builtins(self.evaluation) | {"worst": None},
+            "seconds": self.watch.seconds,
+        }
+
+
+def run(recipe: Recipe, settings: LearnSettings, *, device: str, name: str, out: Path | None, report: Report) -> Run:
+    """Train by the recipe, read the test split once, write everything into `out`.
+
+    Raises:
+        DataError: the data cannot be used, or `out` is there already.
+        TrainingError: training cannot go on.
+        ExportError: the exported graph does not answer as the model does.
+    """
+    started = datetime.datetime.now(datetime.UTC)
+    directory = out or settings.home / "runs" / f"{started:%Y%m%d-%H%M%S}-{recipe.model.architecture}"
+    if directory.exists() and any(directory.iterdir()):
+        raise DataError(f"{directory} is not empty; a run writes into a directory of its own. Give another --out.")
+    set_threads(settings)
+    watch = Stopwatch()
+    with watch.stage("data"):
+        report(JobProgress(stage="data", note=f"reading {recipe.data.corpus or recipe.data.file}"))
+        dataset = load_data(recipe, settings)
+        used, _ = used_rows(recipe, dataset)
+    trained = fit(recipe, dataset, used, pick_device(device), report, watch)
+    with watch.stage("evaluate"):
+        report(JobProgress(stage="evaluate", note=f"answering {len(dataset.test):,} test texts"))
+        probability = answer(trained.model, trained.encoder, dataset.test.texts, trained.device)
+        evaluation = evaluate(probability, dataset.test, dataset.labels)
+    with watch.stage("export"):
+        report(JobProgress(stage="export"))
+        write_model(
+            directory / "model",
+            trained.model,
+            trained.encoder,
+            architecture=recipe.model.architecture,
+            options=trained.options,
+            name=name,
+            version="v1",
+            labels=dataset.labels,
+            metrics={f"test_{key}": value for key, value in evaluation.metrics.items()},
+            data=[
+                DataSource(name=dataset.name, digest=dataset.digest, rows=trained.train_rows, role="train"),
+                DataSource(name=dataset.name, digest=dataset.digest, rows=len(dataset.test), role="test"),
+            ],
+            lineage=Lineage(seed=recipe.seed),
+            sample_texts=dataset.test.texts[:: max(1, len(dataset.test) // 8)],
+        )
+    done = Run(directory, recipe, dataset, trained, evaluation, watch)
+    with watch.stage("pictures"):
+        _write_report(done)
+    return done
+
+
+def _write_report(run: Run) -> None:
+    from millpond.learn.pictures import draw_evaluation, draw_training
+
+    (run.directory / "metrics.json").write_bytes(msgspec.json.format(msgspec.json.encode(run.summary())))
+    _write_mistakes(run.evaluation, run.directory)
+    if run.trained.training.epochs:
+        draw_training(run.trained.training.epochs, run.directory / "training.png")
+    draw_evaluation(run.evaluation, run.directory / "evaluation.png")
+
+
+def _write_mistakes(evaluation: Evaluation, directory: Path) -> None:
+    (directory / "mistakes.jsonl").write_bytes(msgspec.json.Encoder().encode_lines(evaluation.worst))
+
+
+def set_threads(settings: LearnSettings) -> None:
+    """Use as many threads as the settings say."""
+    torch.set_num_threads(settings.threads or os.cpu_count() or 1)
+
+
+def measure(
+    directory: Path, recipe: Recipe, settings: LearnSettings, *, device: str, out: Path | None
+) -> tuple[Dataset, Evaluation]:
+    """Measure a model directory on the recipe's test split; write metrics, mistakes and picture into `out`.
+
+    Raises:
+        DataError: the data cannot be used, or has labels that the model does not know.
+        ExportError: the directory is not a model.
+    """
+    from millpond.learn.pictures import draw_evaluation
+
+    set_threads(settings)
+    model, encoder, config = read_model(directory)
+    dataset = load_data(recipe, settings)
+    if unknown := set(dataset.labels) - set(config.labels):
+        raise DataError(
+            f"{dataset.name} has labels that the model does not know: {', '.join(sorted(unknown)[:10])}. "
+            f"The model knows {', '.join(config.labels[:10])}."
+        )
+    chosen = pick_device(device)
+    index = np.array([config.labels.index(label) for label in dataset.labels])
+    split = Split(dataset.test.texts, index[dataset.test.labels])
+    evaluation = evaluate(answer(model.to(chosen), encoder, split.texts, chosen), split, config.labels)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "metrics.json").write_bytes(msgspec.json.format(msgspec.json.encode(evaluation)))
+        _write_mistakes(evaluation, out)
+        draw_evaluation(evaluation, out / "evaluation.png")
+    return dataset, evaluation

