@@ -25,8 +25,8 @@ from millpond.pool.errors import PoolError
 from millpond.pool.lease import Lease
 from millpond.process import die_with_parent
 
-GRACE_S = 7.0
-"""How long a command may go on after its lease is lost."""
+GRACE_S = 5.0
+"""How long a command may go on after its lease is lost; with all that follows, nothing may be left after ten seconds."""
 TERMINATE_S = 1.0
 """How long it then may take to end on SIGTERM, before SIGKILL."""
 POLL_S = 0.5
