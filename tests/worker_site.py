@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from millpond.pool import attach, transport, wire
+from millpond.pool.errors import ConnectionLost
 from millpond.pool.worker import Orders, Report
 
 GIB = 1024**3
 TOKEN = "the lease's token"
+
+
+class SessionConnection(transport.Connection):
+    """A session over the one connection that it began on; what a link says to its other end is passed over."""
+
+    def receive(self, *args: Any, **kwargs: Any) -> tuple[wire.Message, memoryview]:
+        while isinstance((received := super().receive(*args, **kwargs))[0], wire.Received):
+            pass
+        return received
+
+    def close(self) -> None:
+        with contextlib.suppress(ConnectionLost):
+            self.send(wire.EndSession())
+        super().close()
 
 
 class WorkerProcess:
@@ -29,7 +47,7 @@ class WorkerProcess:
                 stderr=stderr,
             )
         assert self.process.stdin is not None
-        orders = Orders("lease-1", TOKEN, "127.0.0.1", "cpu", memory_bytes, os.getpid())
+        orders = Orders("lease-1", TOKEN, "127.0.0.1", "cpu", memory_bytes, os.getpid(), grace_s=30.0)
         self.process.stdin.write(msgspec.json.encode(orders) + b"\n")
         self.process.stdin.flush()
         self.memory_bytes = memory_bytes
@@ -64,6 +82,12 @@ class WorkerProcess:
 
     def connect(self, token: str = TOKEN) -> transport.Connection:
         """Open a session."""
+        connection = SessionConnection(self.dial(token).socket, sends="to-worker", receives="from-worker")
+        connection.send(wire.Attach(secrets.token_bytes(16)))
+        return connection
+
+    def dial(self, token: str = TOKEN) -> transport.Connection:
+        """Connect and greet, no more."""
         connection, _ = transport.connect(
             "127.0.0.1", self.port, token, "2.13.0", sends="to-worker", receives="from-worker"
         )

@@ -55,7 +55,7 @@ class PoolSettings:
     token: str = _setting("Shared secret between broker and clients.", default="", secret=True)
     memory: str = _setting("Memory offered by a CPU device, such as 8GiB; empty: half of the host's.", default="")
     heartbeat_s: float = _setting("Seconds between a client's heartbeats.", default=2.0)
-    lost_after_s: float = _setting("Seconds without a sign of life after which a peer counts as lost.", default=8.0)
+    grace_s: float = _setting("Seconds that a lease, with all it has on its workers, outlives silence.", default=30.0)
     idle_limit_s: float = _setting("Seconds without any op after which a lease expires; 0: never.", default=0.0)
 
 

@@ -25,7 +25,7 @@ WAIT = wire.Acquire("eve", wait_s=1e6)
 
 @pytest.fixture(scope="module")
 def broker(tmp_path_factory) -> Iterator[BrokerProcess]:
-    started = BrokerProcess(tmp_path_factory.mktemp("pool") / "pool", "serves:8", MILLPOND_POOL_LOST_AFTER_S="60")
+    started = BrokerProcess(tmp_path_factory.mktemp("pool") / "pool", "serves:8", MILLPOND_POOL_GRACE_S="60")
     with started.acquire("eve's accomplice"):  # caches and lazy imports are not growth
         started.status()
     started.wait_ended(started.status().leases[0].lease)

@@ -228,10 +228,15 @@ def kill_broker(broker: BrokerProcess) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kill", "reason"), [(kill_worker, "was ended by SIGKILL"), (kill_broker, "is gone: the other end closed")]
+    ("kill", "reason"),
+    [
+        (kill_worker, "was ended by SIGKILL"),
+        pytest.param(kill_broker, "is gone: the other end closed", marks=pytest.mark.slow),
+    ],
 )
 def test_a_command_that_ends_by_itself_after_a_loss_keeps_its_error(own, tmp_path, kill, reason):
-    run = Run(own, "import time; time.sleep(1.5); sys.exit(5)", log=tmp_path / "run.log")
+    until_told = "import os, pathlib, time\nwhile not pathlib.Path(os.environ['MILLPOND_POOL_ENDED']).exists(): "
+    run = Run(own, until_told + "time.sleep(0.05)\nsys.exit(5)", log=tmp_path / "run.log")
     kill(own)
     assert run.end() == 5
     line = next(line for line in run.log.read_text().splitlines() if "is lost" in line)

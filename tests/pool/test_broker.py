@@ -147,15 +147,15 @@ def test_a_worker_that_cannot_start_fails_the_lease_with_its_last_words(start_br
     assert broker.status().leases[0].state == "failed"
 
 
-def test_a_client_that_hangs_up_loses_its_lease_at_once(broker):
+def test_a_client_that_hangs_up_and_does_not_come_back_loses_its_lease_soon(broker):
     lease = broker.acquire()
     lease.connection.close()
-    ended = broker.wait_ended(lease.granted.lease, 3)
+    ended = broker.wait_ended(lease.granted.lease, 10)
     assert (ended.state, ended.reason) == ("failed", "its client ended without giving it back")
 
 
 def test_a_client_that_falls_silent_loses_its_lease(start_broker):
-    broker = start_broker(MILLPOND_POOL_HEARTBEAT_S="0.2", MILLPOND_POOL_LOST_AFTER_S="1")
+    broker = start_broker(MILLPOND_POOL_HEARTBEAT_S="0.2", MILLPOND_POOL_GRACE_S="1")
     lease = broker.acquire()
     keep_for(lease, 1.5)
     ended = broker.wait_ended(lease.granted.lease, 5)
@@ -228,8 +228,8 @@ def test_sigterm_ends_the_workers_and_tells_the_clients(broker):
 
 
 def test_a_stopped_and_continued_broker_does_not_blame_its_clients(start_broker):
-    broker = start_broker(MILLPOND_POOL_HEARTBEAT_S="0.2", MILLPOND_POOL_LOST_AFTER_S="2")
-    settings = load(PoolSettings, {**broker.environ, "MILLPOND_POOL_LOST_AFTER_S": "60"})
+    broker = start_broker(MILLPOND_POOL_HEARTBEAT_S="0.2", MILLPOND_POOL_GRACE_S="2")
+    settings = load(PoolSettings, {**broker.environ, "MILLPOND_POOL_GRACE_S": "60"})
     lease = Lease.acquire(settings, "ann")
     broker.process.send_signal(signal.SIGSTOP)
     keep_for(lease, 2.5)
@@ -305,7 +305,7 @@ def test_an_address_that_is_none_is_refused(address):
 
 def test_a_limit_below_two_heartbeats_is_refused():
     with pytest.raises(SettingsError, match="at least twice"):
-        Lease.acquire(load(PoolSettings, {"MILLPOND_POOL_LOST_AFTER_S": "3"}), "ann")
+        Lease.acquire(load(PoolSettings, {"MILLPOND_POOL_GRACE_S": "3"}), "ann")
 
 
 @pytest.mark.slow

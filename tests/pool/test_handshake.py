@@ -11,7 +11,7 @@ TORCH = "2.13.0+cpu"
 def test_two_ends_with_the_same_token_agree():
     opening = handshake.challenge()
     hello = handshake.answer(opening, "token", "2.11.0")
-    welcome = handshake.admit(opening, hello, "token", TORCH, "CPU", 5)
+    welcome = handshake.admit(opening, hello, "token", TORCH, device="CPU", memory_bytes=5)
     assert handshake.confirm(opening, hello, welcome, "token") == wire.Welcome(TORCH, welcome.proof, "CPU", 5)
 
 

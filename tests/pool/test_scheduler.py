@@ -12,7 +12,7 @@ GIB = 2**30
 
 def pool(*sizes: int, **options: float) -> Scheduler:
     devices = [Device(i, f"GPU {i}", f"cuda:{i}", size * GIB) for i, size in enumerate(sizes or (8,))]
-    return Scheduler(devices, **{"lost_after_s": 8.0, **options})
+    return Scheduler(devices, **{"grace_s": 8.0, **options})
 
 
 def started(decisions) -> list[str]:
@@ -127,7 +127,7 @@ def test_a_silent_client_loses_its_lease():
 
 
 def test_an_idle_lease_expires_and_a_working_one_does_not():
-    scheduler = pool(8, idle_limit_s=10, lost_after_s=1e9)
+    scheduler = pool(8, idle_limit_s=10, grace_s=1e9)
     scheduler.request(0, "a", "ann")
     activate(scheduler, 0, "a")
     scheduler.worked(5, "a")
@@ -137,7 +137,7 @@ def test_an_idle_lease_expires_and_a_working_one_does_not():
 
 
 def test_without_an_idle_limit_no_lease_expires():
-    scheduler = pool(8, lost_after_s=1e9)
+    scheduler = pool(8, grace_s=1e9)
     scheduler.request(0, "a", "ann")
     activate(scheduler, 0, "a")
     assert scheduler.tick(1e6) == []

@@ -40,15 +40,21 @@ WORKER = wire.WorkerAddress("127.0.0.1", 7071, "secret", 1, "CPU", 2**30)
 MESSAGES: list[tuple[wire.Message, wire.Direction]] = [
     (wire.Challenge(1, b"n" * 32), "greeting"),
     (wire.Hello(1, "2.13", b"n" * 32, b"p" * 32, "ann"), "greeting"),
-    (wire.Welcome("2.13", b"p" * 32, "CPU", 2**30), "greeting"),
+    (wire.Welcome("2.13", b"p" * 32, "CPU", 2**30, 30.0), "greeting"),
     (wire.Refused("token", "no"), "greeting"),
+    (wire.Attach(b"s" * 16, resumes=True, received=3), "to-worker"),
     (wire.Batch(ITEMS), "to-worker"),
+    (wire.EndSession(), "to-worker"),
+    (wire.Received(3), "to-worker"),
+    (wire.Received(3), "from-worker"),
+    (wire.Attached(3), "from-worker"),
     (wire.Data(), "from-worker"),
     (wire.Results([wire.Geometry("int64", (3,), (1,)), True, 2.5, None]), "from-worker"),
     (wire.Usage(1, 2, 3), "from-worker"),
     (wire.Done(), "from-worker"),
     (wire.Failed(4, "memory", "none left", answer=True), "from-worker"),
     (wire.Acquire("ann", 2, 2**30, 60.0), "to-broker"),
+    (wire.Reattach("lease-1", "secret"), "to-broker"),
     (wire.Heartbeat(), "to-broker"),
     (wire.Release(), "to-broker"),
     (wire.GetStatus(), "to-broker"),
@@ -69,8 +75,8 @@ def test_a_message_arrives_as_it_was_sent(message, direction):
 
 
 def test_every_message_and_item_is_tested_here():
-    directions = (wire.Greeting, wire.FromWorker, wire.ToBroker, wire.FromBroker)
-    known = {kind for union in directions for kind in get_args(union)} | {wire.Batch}
+    directions = (wire.Greeting, wire.ToWorker, wire.FromWorker, wire.ToBroker, wire.FromBroker)
+    known = {kind for union in directions for kind in get_args(union)}
     assert {type(message) for message, _ in MESSAGES} == known
     assert {type(item) for item in ITEMS} == set(get_args(wire.Item))
 

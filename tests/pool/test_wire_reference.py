@@ -11,7 +11,9 @@ from millpond.pool import broker, scheduler, wire
 
 PAGE = (Path(__file__).parents[2] / "docs/reference/wire.md").read_text()
 MESSAGES = {
-    m for union in (wire.Greeting, wire.ToBroker, wire.FromBroker, wire.FromWorker) for m in typing.get_args(union)
+    m
+    for union in (wire.Greeting, wire.ToBroker, wire.FromBroker, wire.ToWorker, wire.FromWorker)
+    for m in typing.get_args(union)
 }
 BEFORE, SESSION = PAGE.split("## Client and worker")
 ROW = re.compile(r"^\| ([a-z`, -]+) \|(.*)\|$", re.MULTILINE)

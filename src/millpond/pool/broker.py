@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hmac
 import logging
 import os
 import secrets
@@ -122,12 +123,12 @@ class Broker:
         self.worker_command = worker_command
         self.torch = lease.torch_version()
         self._clock_offset = time.time() - time.monotonic()
-        self.scheduler = Scheduler(
-            devices, settings.lost_after_s, settings.idle_limit_s, recall(records.load(), self.now())
-        )
+        self.scheduler = Scheduler(devices, settings.grace_s, settings.idle_limit_s, recall(records.load(), self.now()))
         self._greeting: dict[asyncio.StreamWriter, None] = {}
         self._clients: dict[asyncio.StreamWriter, Client] = {}
         self._workers: dict[str, list[Worker]] = {}
+        self._tokens: dict[str, str] = {}
+        """By lease: the token of its workers, which also proves whose it is."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._stop = asyncio.Event()
 
@@ -149,7 +150,7 @@ class Broker:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._stop.wait(), TICK_S)
                 now = self.now()
-                if now - last > TICK_S + self.settings.lost_after_s / 4:
+                if now - last > TICK_S + min(2.0, self.settings.grace_s / 4):
                     # We were held up, not the clients: what they sent meanwhile is not read yet.
                     for known in self.scheduler.leases.values():
                         self.scheduler.client_heard(now, known.id)
@@ -196,25 +197,24 @@ class Broker:
             return
         self._clients[writer] = client
         log.debug("%s connected from %s", name, _peer(writer))
-        state: End = "failed"
-        why = "its client ended without giving it back"
         try:
             while True:
-                async with asyncio.timeout(2 * self.settings.lost_after_s):  # the scheduler ends leases long before
+                async with asyncio.timeout(2 * self.settings.grace_s):  # the scheduler ends leases long before
                     message = await _receive(reader, "to-broker")
                     self._handle(client, message)
                     await writer.drain()
         except WireError as error:
             why = f"its client sent what it may not: {error}"[:1000]
             client.send(wire.Refused("malformed", why))
+            if client.lease is not None:
+                self._end(client.lease, "failed", why)
         except TimeoutError:
-            state, why = "expired", "nothing was heard of its client"
-        except (OSError, EOFError):
-            pass
+            pass  # the scheduler has ended its lease
+        except (OSError, EOFError) as error:
+            if client.lease is not None and not transport.is_silence(error):
+                self._carry_out(self.scheduler.client_left(self.now(), client.lease.id))
         finally:
             del self._clients[writer]
-            if client.lease is not None:
-                self._end(client.lease, state, why)
             writer.close()
 
     async def _greet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> str:
@@ -239,6 +239,8 @@ class Broker:
             client.send(self.status())
         elif isinstance(message, wire.Acquire):
             self._request(client, message)
+        elif isinstance(message, wire.Reattach):
+            self._reattach(client, message)
         elif isinstance(message, wire.Release):
             if client.lease is None:
                 raise WireError("there is no lease to release")
@@ -257,6 +259,24 @@ class Broker:
             return
         client.lease = self.scheduler.leases[lease_id]
         self._carry_out(decisions)
+
+    def _reattach(self, client: Client, wanted: wire.Reattach) -> None:
+        """Give a client its lease back, on the connection that it now has."""
+        if client.lease is not None:
+            raise WireError("a connection has one lease")
+        known = self.scheduler.leases.get(wanted.lease)
+        if known is not None and not known.is_live:
+            client.send(wire.LeaseEnded(known.id, known.state, known.reason))  # type: ignore[arg-type]
+        elif known is None or not hmac.compare_digest(wanted.token, self._tokens.get(known.id, "")):
+            client.send(wire.Refused("lease", f"this pool knows no {wanted.lease} of yours"))
+        else:
+            for other in self._clients.values():
+                if other.lease is known:  # a connection whose end we have not noticed yet
+                    other.lease = None
+                    other.writer.close()
+            client.lease = known
+            self.scheduler.client_heard(self.now(), known.id)
+            client.send(wire.Heartbeat())
 
     def status(self) -> wire.Status:
         """Return the pool at this moment; leases newest first."""
@@ -326,7 +346,7 @@ class Broker:
     async def _supervise(self, known: Lease) -> None:
         """Run a lease's workers until all have ended."""
         workers = self._workers[known.id]
-        token = secrets.token_urlsafe(32)
+        token = self._tokens[known.id] = secrets.token_urlsafe(32)
         running = [asyncio.create_task(self._run_worker(known, worker, token)) for worker in workers]
         try:
             for worker in workers:
@@ -336,7 +356,7 @@ class Broker:
                 self._grant(known, workers, token)
             await asyncio.wait(running)
         finally:
-            del self._workers[known.id]
+            del self._workers[known.id], self._tokens[known.id]
             self._carry_out(self.scheduler.workers_gone(self.now(), known.id))
 
     def _grant(self, known: Lease, workers: Sequence[Worker], token: str) -> None:
@@ -387,7 +407,13 @@ class Broker:
         assert process.stdout is not None
         device = worker.device
         orders = Orders(
-            known.id, token, self.settings.bind, device.torch_name, known.bytes_on(device), parent=os.getpid()
+            known.id,
+            token,
+            self.settings.bind,
+            device.torch_name,
+            known.bytes_on(device),
+            parent=os.getpid(),
+            grace_s=self.settings.grace_s,
         )
         process.stdin.write(msgspec.json.encode(orders) + b"\n")
         limit_s = START_S

@@ -5,8 +5,10 @@ Registered once per process and only where a lease is set; the connection to the
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
+import secrets
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -14,8 +16,9 @@ from typing import Any
 import torch
 from torch.utils import backend_registration
 
-from millpond.pool import capture, cuda, kernels, shims, sparse, transport, wire
+from millpond.pool import attach, capture, cuda, kernels, shims, sparse, transport, wire
 from millpond.pool.errors import LeaseError
+from millpond.pool.link import Dialler, Link
 from millpond.pool.session import Session
 from millpond.pool.tensors import DEVICE
 
@@ -65,25 +68,36 @@ class DeviceModule:
             raise LeaseError(f"{cuda.name(index)} does not exist: lease {self.lease} has {len(self.workers)} device(s)")
         with self._lock:
             if index not in self._sessions:
-                worker = self.workers[index]
-                connection, welcome = transport.connect(
-                    worker.host,
-                    worker.port,
-                    worker.token,
-                    str(torch.__version__),
-                    sends="to-worker",
-                    receives="from-worker",
-                )
-                self._sessions[index] = Session(
-                    connection,
-                    index=index,
-                    lease=self.lease,
-                    worker=f"{worker.host}:{worker.port}, process {worker.pid}",
-                    memory_bytes=welcome.memory_bytes,
-                )
+                self._sessions[index] = self._begin(index)
                 self._sessions[index].seed(self.initial_seed())
                 self._process = os.getpid()
         return self._sessions[index]
+
+    def _begin(self, index: int) -> Session:
+        worker = self.workers[index]
+
+        def dial(connect_s: float = transport.GREETING_S) -> tuple[transport.Connection, wire.Welcome]:
+            return transport.connect(
+                worker.host,
+                worker.port,
+                worker.token,
+                str(torch.__version__),
+                sends="to-worker",
+                receives="from-worker",
+                connect_s=connect_s,
+            )
+
+        connection, welcome = dial()
+        name = secrets.token_bytes(16)
+        connection.send(wire.Attach(name))
+        dialler = Dialler(lambda: dial(transport.REDIAL_S)[0], name, welcome.grace_s, why_ended=attach.why_ended)
+        return Session(
+            Link(connection, dialler),
+            index=index,
+            lease=self.lease,
+            worker=f"{worker.host}:{worker.port}, process {worker.pid}",
+            memory_bytes=welcome.memory_bytes,
+        )
 
     def close(self) -> None:
         """End all sessions."""
@@ -210,6 +224,7 @@ def register(lease: str, workers: list[wire.WorkerAddress]) -> DeviceModule:
     sparse.install(_library)
     cuda.install(_library, module)
     capture.install()
+    atexit.register(module.close)
     return module
 
 

@@ -6,6 +6,7 @@ PoolError
  │    ├── AuthenticationError    the token is wrong
  │    └── VersionMismatch        protocol or torch differ too much
  ├── ConnectionLost              the worker or the broker is gone
+ │    └── PeerSilent             nothing comes from its host any more: the network may be broken, and mend
  ├── LeaseError                  no lease can be had, or it has ended
  ├── NeedsCuda                 a program needs the CUDA runtime in its own process (also a RuntimeError)
  └── OpError                     an op failed on the worker (also a RuntimeError, as PyTorch's own errors are)
@@ -45,6 +46,10 @@ class VersionMismatch(HandshakeError):
 
 class ConnectionLost(PoolError, ConnectionError):
     """The worker or the broker is gone; what was on the device is lost."""
+
+
+class PeerSilent(ConnectionLost):
+    """Nothing comes from the other host any more, or no way leads there: the network may be broken, and mend."""
 
 
 class LeaseError(PoolError):

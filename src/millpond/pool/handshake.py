@@ -35,7 +35,14 @@ def answer(opening: wire.Challenge, token: str, torch: str, name: str = "") -> w
 
 
 def admit(
-    opening: wire.Challenge, hello: wire.Hello, token: str, torch: str, device: str = "", memory_bytes: int = 0
+    opening: wire.Challenge,
+    hello: wire.Hello,
+    token: str,
+    torch: str,
+    *,
+    device: str = "",
+    memory_bytes: int = 0,
+    grace_s: float = 0.0,
 ) -> wire.Welcome:
     """Return the listener's welcome to a caller that proved itself and fits.
 
@@ -49,7 +56,7 @@ def admit(
             "the token is wrong. Set MILLPOND_POOL_TOKEN (or MILLPOND_POOL_TOKEN_FILE) to the pool's token."
         )
     check_torch(hello.torch, "the client", torch, "the pool")
-    return wire.Welcome(torch, _proof(token, "listener", opening.nonce, hello.nonce), device, memory_bytes)
+    return wire.Welcome(torch, _proof(token, "listener", opening.nonce, hello.nonce), device, memory_bytes, grace_s)
 
 
 def confirm(opening: wire.Challenge, hello: wire.Hello, reply: wire.Message, token: str) -> wire.Welcome:

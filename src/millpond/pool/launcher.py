@@ -15,7 +15,9 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import FrameType
 
 import psutil
@@ -25,8 +27,8 @@ from millpond.pool.errors import PoolError
 from millpond.pool.lease import Lease
 from millpond.process import die_with_parent
 
-GRACE_S = 5.0
-"""How long a command may go on after its lease is lost; with all that follows, nothing may be left after ten seconds."""
+GRACE_S = 3.0
+"""How long a command may go on after its lease is lost; after ten seconds nothing may be left."""
 TERMINATE_S = 1.0
 """How long it then may take to end on SIGTERM, before SIGKILL."""
 POLL_S = 0.5
@@ -66,12 +68,17 @@ def run(command: Sequence[str], lease: Lease) -> int:
     Raises:
         CommandUnusable: it could not be started.
     """
+    with tempfile.TemporaryDirectory(prefix="millpond-") as directory:
+        return _run(command, lease, Path(directory) / "ended")
+
+
+def _run(command: Sequence[str], lease: Lease, says_ended: Path) -> int:
     launcher = os.getpid()
     granted = lease.granted
     try:
         process = subprocess.Popen(
             command,
-            env=os.environ | attach.environment(granted.lease, granted.workers),
+            env=os.environ | attach.environment(granted.lease, granted.workers, says_ended),
             preexec_fn=lambda: die_with_parent(launcher),  # safe: this process has no other thread
         )
     except OSError as error:
@@ -82,6 +89,8 @@ def run(command: Sequence[str], lease: Lease) -> int:
         with _forward_signals(process):
             lost = _watch(process, lease, ended)
             if lost:
+                (whole := says_ended.with_suffix(".new")).write_text(lost)
+                whole.rename(says_ended)  # the command sees all of it, or nothing
                 workers = ", ".join(f"worker {w.pid} at {w.host}:{w.port}" for w in granted.workers)
                 sys.stderr.write(f"millpond pool: {granted.lease} ({workers}) is lost: {lost}\n")
                 sys.stderr.flush()
@@ -98,12 +107,13 @@ def run(command: Sequence[str], lease: Lease) -> int:
 
 def _watch(process: subprocess.Popen[bytes], lease: Lease, ended: int) -> str:
     """Keep the lease until the command ends; returns why the lease was lost, or nothing."""
-    poll = select.poll()
-    poll.register(ended, select.POLLIN)
-    poll.register(lease.connection.socket, select.POLLIN)
     while True:
         if lost := lease.keep():
             return lost
+        poll = select.poll()
+        poll.register(ended, select.POLLIN)
+        if lease.connection.is_open:  # else it is made anew after a pause
+            poll.register(lease.connection.socket, select.POLLIN)
         poll.poll(POLL_S * 1000)
         if process.poll() is not None:
             return ""

@@ -13,7 +13,8 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 from millpond.pool import transport, wire
-from millpond.pool.errors import ConnectionLost, LeaseError, PoolError, WireError
+from millpond.pool.errors import ConnectionLost, HandshakeError, LeaseError, PeerSilent, PoolError, WireError
+from millpond.pool.link import CLOSED_S
 from millpond.settings import PoolSettings, SettingsError
 
 T = TypeVar("T", bound=wire.Message)
@@ -38,14 +39,14 @@ def torch_version() -> str:
 
 def check_heartbeat(settings: PoolSettings) -> None:
     """Raise SettingsError unless a peer that is well can be told from one that is lost."""
-    if not 0 < 2 * settings.heartbeat_s <= settings.lost_after_s:
+    if not 0 < 2 * settings.heartbeat_s <= settings.grace_s:
         raise SettingsError(
-            f"MILLPOND_POOL_HEARTBEAT_S is {settings.heartbeat_s:g} and MILLPOND_POOL_LOST_AFTER_S "
-            f"{settings.lost_after_s:g}: the first must be above 0, the second at least twice the first."
+            f"MILLPOND_POOL_HEARTBEAT_S is {settings.heartbeat_s:g} and MILLPOND_POOL_GRACE_S "
+            f"{settings.grace_s:g}: the first must be above 0, the second at least twice the first."
         )
 
 
-def connect(settings: PoolSettings, owner: str) -> transport.Connection:
+def connect(settings: PoolSettings, owner: str, *, connect_s: float = transport.GREETING_S) -> transport.Connection:
     """Return a connection to the broker.
 
     Raises:
@@ -65,9 +66,10 @@ def connect(settings: PoolSettings, owner: str) -> transport.Connection:
             sends="to-broker",
             receives="from-broker",
             name=owner,
+            connect_s=connect_s,
         )
     except ConnectionLost as error:
-        raise ConnectionLost(
+        raise type(error)(
             f"No pool can be reached: {error}. "
             "Start one with: millpond pool serve; or set MILLPOND_POOL_ADDRESS to where it listens."
         ) from None
@@ -88,13 +90,18 @@ def get_status(settings: PoolSettings) -> wire.Status:
 class Lease:
     """A lease that this process has. It needs care: call `keep` at least every `heartbeat_s`."""
 
-    def __init__(self, settings: PoolSettings, connection: transport.Connection, granted: wire.Granted) -> None:
+    def __init__(
+        self, settings: PoolSettings, owner: str, connection: transport.Connection, granted: wire.Granted
+    ) -> None:
         self.granted = granted
         self.connection = connection
         self._settings = settings
+        self._owner = owner
         self._lost = ""
         self._next_beat = 0.0
         self._heard = time.monotonic()
+        self._broke: tuple[float, ConnectionLost] | None = None
+        """Since when the connection is broken, and how it broke."""
 
     @classmethod
     def acquire(
@@ -122,13 +129,13 @@ class Lease:
                 try:
                     message, _ = connection.receive(settings.heartbeat_s)
                 except TimeoutError:
-                    if time.monotonic() - heard > max(settings.lost_after_s, ANSWER_S):
+                    if time.monotonic() - heard > max(settings.grace_s, ANSWER_S):
                         raise ConnectionLost(f"the broker at {settings.address} does not answer any more") from None
                     connection.send(wire.Heartbeat())
                     continue
                 heard = time.monotonic()
                 if isinstance(message, wire.Granted):
-                    return cls(settings, connection, message)
+                    return cls(settings, owner, connection, message)
                 if isinstance(message, wire.Waiting):
                     on_wait(message)
                 elif isinstance(message, wire.LeaseEnded):
@@ -140,13 +147,19 @@ class Lease:
             raise
 
     def keep(self) -> str:
-        """Beat, and take in what the broker says; returns why the lease is lost, or nothing while it stands."""
+        """Beat, and take in what the broker says; returns why the lease is lost, or nothing while it stands.
+
+        A broken connection is made anew, until the broker is known to be gone or the grace is over. Then
+        `connection` is another one than before.
+        """
         if not self._lost:
             self._lost = self._keep()
         return self._lost
 
     def _keep(self) -> str:
         try:
+            if self._broke is not None:
+                self._reattach()
             now = time.monotonic()
             if now >= self._next_beat:
                 self._next_beat = now + self._settings.heartbeat_s
@@ -158,12 +171,35 @@ class Lease:
                     return message.reason
                 if isinstance(message, wire.Refused):
                     return message.message
-        except (ConnectionLost, WireError, TimeoutError) as error:
+            silent_s = time.monotonic() - self._heard
+            if silent_s > max(transport.SILENT_HOST_S, 2 * self._settings.heartbeat_s):
+                raise PeerSilent(f"it has been silent for {silent_s:.0f} s")
+        except (WireError, HandshakeError) as error:
             return f"the broker at {self._settings.address} is gone: {error}"
-        silent_s = time.monotonic() - self._heard
-        if silent_s > self._settings.lost_after_s:
-            return f"the broker at {self._settings.address} has been silent for {silent_s:.0f} s"
+        except (ConnectionLost, TimeoutError) as error:
+            return self._note_break(error if isinstance(error, ConnectionLost) else PeerSilent(str(error)))
         return ""
+
+    def _note_break(self, error: ConnectionLost) -> str:
+        """Note that the connection is broken; returns why the lease is lost, once it has been for too long."""
+        self.connection.close()
+        now = time.monotonic()
+        if self._broke is None:
+            self._broke = now, error
+        since, first = self._broke
+        grace_s = self._settings.grace_s
+        if now - since <= (grace_s if isinstance(error, PeerSilent) else min(CLOSED_S, grace_s)):
+            return ""
+        gone = f"the broker at {self._settings.address} is gone"
+        return f"{gone}: {first}, and for {now - since:.0f} s after that {error}"
+
+    def _reattach(self) -> None:
+        """Connect anew and say which lease is ours; what the broker answers is taken in as everything is."""
+        self.connection = connect(self._settings, self._owner, connect_s=transport.REDIAL_S)
+        self.connection.send(wire.Reattach(self.granted.lease, self.granted.workers[0].token))
+        self._broke = None
+        self._heard = time.monotonic()
+        self._next_beat = 0.0
 
     def release(self) -> None:
         """Give the lease back, unless it is lost; returns when the broker has taken it, or is gone."""

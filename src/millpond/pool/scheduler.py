@@ -21,6 +21,9 @@ MAX_PENDING = 128
 """Leases that may wait at a time."""
 MAX_PARTS = 32
 """Leases that may share one device."""
+CLOSED_S = 3.0
+"""How long a client may take to come back after its connection closed; when it fell silent, it has the grace."""
+LEFT = "its client ended without giving it back"
 KEEP_PAST = 256
 """Ended leases that are remembered."""
 
@@ -49,6 +52,8 @@ class Lease:
     wait_s: float
     heard: float
     worked: float
+    left: float | None = None
+    """When its client's connection closed; None while there is one, or silence."""
     state: State = "pending"
     reason: str = ""
     devices: tuple[Device, ...] = ()
@@ -97,7 +102,7 @@ class Scheduler:
     """The leases of one pool."""
 
     devices: Sequence[Device]
-    lost_after_s: float
+    grace_s: float
     idle_limit_s: float = 0.0
     leases: dict[str, Lease] = field(default_factory=dict)
     _holders: dict[str, Lease] = field(default_factory=dict)
@@ -151,6 +156,15 @@ class Scheduler:
         """Note a sign of life of a lease's client."""
         if lease_id in self.leases:
             self.leases[lease_id].heard = now
+            self.leases[lease_id].left = None
+
+    def client_left(self, now: float, lease_id: str) -> list[Decision]:
+        """Note that a lease's client has closed its connection: it has ended, or something between has, and mends."""
+        lease = self.leases.get(lease_id)
+        if lease is None or lease.state != "active":  # only who was granted something can come back for it
+            return self.end(now, lease_id, "failed", LEFT)
+        lease.left = now
+        return []
 
     def worked(self, at: float, lease_id: str) -> None:
         """Note when a lease last did some work."""
@@ -174,7 +188,9 @@ class Scheduler:
         """End what has waited, been silent or been idle for too long."""
         decisions: list[Decision] = []
         for lease in [lease for lease in self.leases.values() if lease.is_live]:
-            if now - lease.heard > self.lost_after_s:
+            if lease.left is not None and now - lease.left > min(CLOSED_S, self.grace_s):
+                decisions += self.end(now, lease.id, "failed", LEFT)
+            elif now - lease.heard > self.grace_s:
                 silent = f"nothing was heard of its client for {now - lease.heard:.0f} s"
                 decisions += self.end(now, lease.id, "expired", silent)
             elif lease.state == "pending" and now - lease.created >= lease.wait_s:

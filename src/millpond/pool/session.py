@@ -1,7 +1,7 @@
 """A program's end of a session with a worker: items stream out in batches, answers are waited for only when asked.
 
 Errors arrive late, typed, and are raised where the program is then; they name the op, its operands and the line of
-the program that issued it. A lost connection stays lost, and says what was lost with it.
+the program that issued it. A broken connection is only a pause; a lost one stays lost, and says what was lost with it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from millpond import MillpondError
 from millpond.pool import tensors, wire
 from millpond.pool.errors import ConnectionLost, OpError, OpRefused, WireError
-from millpond.pool.transport import Connection
+from millpond.pool.link import Link
 
 FLUSH_ITEMS = 128
 """Items that are sent together at most, unless they are being waited for."""
@@ -32,6 +32,9 @@ IDLE_ROUNDS = 50
 """The flushing thread sleeps after so many rounds with nothing to send."""
 WAIT_S = 0.5
 """How long to wait for an answer before looking whether there is anything else to do, again and again."""
+COPIED_BYTES = 1024 * 1024
+"""Tensors up to this size are copied when they are sent, for they may have to be sent again; of larger ones the
+sender waits until the worker has them."""
 REMEMBERED_SITES = 1 << 16
 """Issued items of which the line is remembered; an error about an older one cannot name its line."""
 
@@ -55,10 +58,10 @@ class LeaseOutOfMemory(MillpondError, torch.OutOfMemoryError):
 
 
 class Session:
-    """One connection to a worker. Thread-safe; `lock` is held while items are issued."""
+    """A program's session with a worker. Thread-safe; `lock` is held while items are issued."""
 
-    def __init__(self, connection: Connection, *, index: int, lease: str, worker: str, memory_bytes: int) -> None:
-        self.connection = connection
+    def __init__(self, link: Link, *, index: int, lease: str, worker: str, memory_bytes: int) -> None:
+        self.link = link
         self.index = index
         self.lease = lease
         self.worker = worker
@@ -105,11 +108,12 @@ class Session:
             if not self._items or self.lost:
                 return
             try:
-                self.connection.send(wire.Batch(self._items), payload)
-                self._sent += len(self._items)
-                self._items = []
-                while self._owed == 0 and self.connection.has_input():
-                    self._take(self.connection.receive()[0])
+                batch, self._items = wire.Batch(self._items), []
+                self._sent += len(batch.items)
+                self.link.send(batch, memoryview(payload))
+                while self._owed == 0 and self.link.has_input():
+                    if taken := self.link.take():
+                        self._take(taken[0])
             except (ConnectionLost, WireError) as error:
                 self._lose(error)
             except BaseException:
@@ -138,10 +142,13 @@ class Session:
                 self.flush()
             answers: list[tuple[Answer, memoryview]] = []
             while self._owed and not self.lost:
-                if not self.connection.has_input(WAIT_S):
+                if not self.link.has_input(WAIT_S):
                     continue  # a Ctrl-C while nothing comes is raised here; the answer is then owed to no one
                 with _hold_back_interrupts():
-                    message, payload = self._receive(into)
+                    taken = self._receive(into)
+                    if taken is None:
+                        continue
+                    message, payload = taken
                     if isinstance(message, wire.Failed) and not message.answer:
                         self._take(message)
                         continue
@@ -163,12 +170,16 @@ class Session:
             return answers
 
     def write(self, handle: int, data: memoryview, what: Any) -> None:
-        """Send bytes into a tensor's storage; returns when the kernel has them, so that they may change after."""
+        """Send bytes into a tensor's storage; they may change after."""
         with self.lock:
             self.flush()
+            if len(data) <= COPIED_BYTES:
+                data = memoryview(bytes(data))
             for start in range(0, len(data), wire.MAX_PAYLOAD_BYTES):
                 self.issue(wire.Write(handle, start), what)
                 self.flush(data[start : start + wire.MAX_PAYLOAD_BYTES])
+            if len(data) > COPIED_BYTES:
+                self._settle()
             self.raise_failure()
 
     def seed(self, seed: int) -> None:
@@ -203,9 +214,11 @@ class Session:
         with self.lock:
             if self.lost is None:
                 self.flush()
+                with contextlib.suppress(ConnectionLost, WireError):
+                    self.link.connection.send(wire.EndSession())
                 self.lost = ConnectionLost("the session with the pool has ended")
                 self.failure = self.lost
-            self.connection.close()
+                self.link.close()
             self._awake.set()
 
     def _free(self) -> None:
@@ -224,12 +237,24 @@ class Session:
         self._items.append(item)
         self._sites[number & (REMEMBERED_SITES - 1)] = (number, what, site())
 
-    def _receive(self, into: memoryview) -> tuple[wire.Message, memoryview]:
+    def _settle(self) -> None:
+        """Wait until the worker has all that was sent."""
+        with _hold_back_interrupts():
+            try:
+                if self.lost is None:
+                    self.link.settle()
+            except (ConnectionLost, WireError) as error:
+                self._lose(error)
+            except BaseException:
+                self._lose(WireError("interrupted within an upload"))
+                raise
+
+    def _receive(self, into: memoryview) -> tuple[wire.Message, memoryview] | None:
         def place(message: wire.Message, length: int) -> memoryview:
             return into[:length] if len(into) >= length else memoryview(bytearray(length))
 
         try:
-            return self.connection.receive(None, place)
+            return self.link.take(place)
         except (ConnectionLost, WireError) as error:
             self._lose(error)
             raise self.lost from None  # type: ignore[misc]
@@ -266,15 +291,15 @@ class Session:
     def _lose(self, error: Exception) -> None:
         if self.lost is None:
             self.lost = ConnectionLost(
-                f"lost the pool device pool:{self.index} (lease {self.lease}, worker {self.worker}): {error}. The "
-                "worker or its broker has ended, or the network between is broken; all tensors on the device are gone. "
+                f"lost the pool device pool:{self.index} (lease {self.lease}, worker {self.worker}): {error}. "
+                "All tensors on the device are gone. "
                 "Check the pool with: millpond pool status; then start the program again, from its last checkpoint."
             )
         self.failure = self.lost
         self._items.clear()
         self.watched.clear()
         self.frees.clear()
-        self.connection.close()
+        self.link.close()
 
     def _flush_by_time(self) -> None:
         quiet = 0

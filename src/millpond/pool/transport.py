@@ -7,21 +7,28 @@ What a peer sends goes through `wire`, so that nothing but its messages gets in.
 from __future__ import annotations
 
 import contextlib
+import errno
 import select
 import socket
+import struct
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
 from millpond.pool import handshake, wire
-from millpond.pool.errors import ConnectionLost, HandshakeError, WireError
+from millpond.pool.errors import ConnectionLost, HandshakeError, PeerSilent, WireError
 
 GREETING_S = 10.0
 """How long a handshake may take."""
+REDIAL_S = 1.5
+"""How long one try to connect anew may take: after a break the kernel's own next try may be far away."""
 SILENT_HOST_S = 8
-"""A host that does not answer the kernel's probes for so long is gone."""
+"""A host that acknowledges neither the kernel's probes nor our bytes for so long has fallen silent."""
+WATCH_S = 1.0
+"""How often connections are looked at for such a host."""
 
 Buffer = bytes | bytearray | memoryview
 Allocate = Callable[[wire.Message, int], memoryview]
@@ -38,8 +45,11 @@ class Connection:
         self._sending = threading.Lock()
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
+        self.silent = False
+        """Whether the other host fell silent, and the connection was ended for that."""
         sock.settimeout(None)
         _watch_host(sock)
+        _watch.add(self)
 
     def send(self, message: wire.Message, payload: Buffer = b"") -> None:
         """Send a message; returns when the kernel has it.
@@ -56,7 +66,7 @@ class Connection:
                 else:
                     _send_both(self.socket, frame, memoryview(payload))
             except OSError as error:
-                raise ConnectionLost(f"the connection broke while sending ({error})") from None
+                raise self._lost(f"the connection broke while sending ({error})", error) from None
 
     def receive(
         self,
@@ -90,8 +100,14 @@ class Connection:
         """Return whether something can be received (or the peer is gone), at the latest after `wait_s`."""
         return bool(self._poll.poll(wait_s * 1000))
 
+    @property
+    def is_open(self) -> bool:
+        """Return whether this end has not closed it."""
+        return self.socket.fileno() >= 0
+
     def close(self) -> None:
         """End the connection; a thread that waits in `receive` gets ConnectionLost."""
+        _watch.remove(self)
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
         self.socket.close()
@@ -111,19 +127,23 @@ class Connection:
             try:
                 if deadline is None:
                     count = self.socket.recv_into(buffer[done:], 0, socket.MSG_WAITALL)
-                elif self._poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-                    count = self.socket.recv_into(buffer[done:], 0, socket.MSG_DONTWAIT)
                 else:
-                    raise TimeoutError("no answer in time")
-            except TimeoutError:
-                raise
+                    due = self._poll.poll(max(0.0, deadline - time.monotonic()) * 1000)
+                    count = self.socket.recv_into(buffer[done:], 0, socket.MSG_DONTWAIT) if due else -1
             except BlockingIOError:
                 continue
             except OSError as error:
-                raise ConnectionLost(f"the connection broke while receiving ({error})") from None
+                raise self._lost(f"the connection broke while receiving ({error})", error) from None
+            if count < 0:
+                raise TimeoutError("no answer in time")
             if count == 0:
-                raise ConnectionLost("the other end closed the connection")
+                raise self._lost("the other end closed the connection")
             done += count
+
+    def _lost(self, what: str, error: OSError | None = None) -> ConnectionLost:
+        if self.silent:
+            return PeerSilent(f"nothing has come from the other host for {SILENT_HOST_S} s")
+        return PeerSilent(what) if error is not None and is_silence(error) else ConnectionLost(what)
 
 
 def connect(
@@ -135,18 +155,20 @@ def connect(
     sends: wire.Direction,
     receives: wire.Direction,
     name: str = "",
+    connect_s: float = GREETING_S,
     timeout_s: float = GREETING_S,
 ) -> tuple[Connection, wire.Welcome]:
     """Connect to a broker or a worker and greet it.
 
     Raises:
-        ConnectionLost: nothing listens there, or it hung up.
+        ConnectionLost: nothing listens there, or it hung up; `PeerSilent`: no way leads there now.
         HandshakeError: it refused us, or is not what it should be.
     """
     try:
-        sock = socket.create_connection((host, port), timeout=timeout_s)
+        sock = socket.create_connection((host, port), timeout=connect_s)
     except OSError as error:
-        raise ConnectionLost(f"nothing answers at {host}:{port} ({error})") from None
+        kind = PeerSilent if is_silence(error) else ConnectionLost
+        raise kind(f"nothing answers at {host}:{port} ({error})") from None
     connection = Connection(sock, sends=sends, receives=receives)
     try:
         opening, _ = connection.receive(timeout_s, direction="greeting")
@@ -158,7 +180,7 @@ def connect(
         welcome = handshake.confirm(opening, hello, reply, token)
     except TimeoutError:
         connection.close()
-        raise ConnectionLost(f"{host}:{port} did not answer the greeting within {timeout_s:g} s") from None
+        raise PeerSilent(f"{host}:{port} did not answer the greeting within {timeout_s:g} s") from None
     except WireError as error:
         connection.close()
         raise HandshakeError(f"{host}:{port} does not speak the pool's protocol: {error}") from None
@@ -177,6 +199,7 @@ def accept(
     receives: wire.Direction,
     device: str = "",
     memory_bytes: int = 0,
+    grace_s: float = 0.0,
     timeout_s: float = GREETING_S,
 ) -> tuple[Connection, wire.Hello]:
     """Greet a caller; on failure tell it why, close, and raise.
@@ -191,7 +214,10 @@ def accept(
         hello, _ = connection.receive(timeout_s, direction="greeting")
         if not isinstance(hello, wire.Hello):
             raise WireError("the caller did not greet")
-        connection.send(handshake.admit(opening, hello, token, torch, device, memory_bytes))
+        welcome = handshake.admit(
+            opening, hello, token, torch, device=device, memory_bytes=memory_bytes, grace_s=grace_s
+        )
+        connection.send(welcome)
     except HandshakeError as error:
         connection.send(handshake.refusal(error, torch))
         connection.close()
@@ -217,6 +243,14 @@ def listen(host: str, port: int) -> socket.socket:
         ) from None
 
 
+_NO_WAY = {errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.EHOSTDOWN, errno.ENETUNREACH, errno.ENETDOWN}
+
+
+def is_silence(error: Exception) -> bool:
+    """Return whether an error of a socket says that nothing comes from the other host, or that no way leads there."""
+    return isinstance(error, TimeoutError) or (isinstance(error, OSError) and error.errno in _NO_WAY)
+
+
 def _watch_host(sock: socket.socket) -> None:
     """Have the kernel end the connection when the other host falls silent."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -231,3 +265,55 @@ def _send_both(sock: socket.socket, frame: bytes, payload: memoryview) -> None:
     rest: Sequence[memoryview] = (memoryview(frame)[sent:], payload[max(0, sent - len(frame)) :])
     for part in rest:
         sock.sendall(part)
+
+
+class _Watch:
+    """Ends connections whose other host acknowledges nothing of what we sent.
+
+    The kernel's probes are for connections where nothing is under way; what is, it sends again for a quarter of an
+    hour. TCP_USER_TIMEOUT would also end a connection to a host that is well and busy (tcp(7): zero window).
+    """
+
+    _INFO = struct.Struct("=2xB5x13I")
+    """Of `struct tcp_info` (linux/tcp.h): retransmits; words 4, unacked, and 12, milliseconds since the last ACK."""
+
+    def __init__(self) -> None:
+        self._connections: weakref.WeakSet[Connection] = weakref.WeakSet()
+        self._lock = threading.Lock()
+        self._running = False
+
+    def add(self, connection: Connection) -> None:
+        """Watch a connection until it is closed."""
+        with self._lock:
+            self._connections.add(connection)
+            if not self._running:
+                self._running = True
+                threading.Thread(target=self._run, name="pool-watch", daemon=True).start()
+
+    def remove(self, connection: Connection) -> None:
+        """Watch a connection no longer."""
+        with self._lock:
+            self._connections.discard(connection)
+
+    def _run(self) -> None:
+        while True:
+            time.sleep(WATCH_S)
+            with self._lock:
+                watched = list(self._connections)
+                if not watched:
+                    self._running = False
+                    return
+            for connection in watched:
+                self._look_at(connection)
+            del watched
+
+    def _look_at(self, connection: Connection) -> None:
+        with contextlib.suppress(OSError):
+            info = connection.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, self._INFO.size)
+            retransmits, *words = self._INFO.unpack(info)
+            if retransmits and words[4] and words[12] > SILENT_HOST_S * 1000:
+                connection.silent = True
+                connection.socket.shutdown(socket.SHUT_RDWR)
+
+
+_watch = _Watch()

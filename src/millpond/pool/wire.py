@@ -15,7 +15,7 @@ from msgspec import Meta
 
 from millpond.pool.errors import WireError
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Rises when a message changes in a way that an older peer cannot read; both ends must have the same."""
 
 MAX_HEADER_BYTES = 8 * 1024 * 1024
@@ -46,6 +46,7 @@ Name = Annotated[str, Meta(max_length=128)]
 Count = Annotated[int, Meta(ge=0, le=2**62)]
 Handle = Annotated[int, Meta(ge=0, le=2**62)]
 Size = Annotated[int, Meta(ge=0, le=2**62)]
+Seconds = Annotated[float, Meta(ge=0, le=1e7)]
 Nonce = Annotated[bytes, Meta(min_length=16, max_length=64)]
 Shape = Annotated[tuple[Size, ...], Meta(max_length=MAX_DIMS)]
 Handles = Annotated[list[Handle], Meta(max_length=MAX_ITEMS)]
@@ -77,12 +78,17 @@ class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
     proof: Nonce
     device: Name = ""
     memory_bytes: Size = 0
+    grace_s: Seconds = 0.0
+    """How long a lease, and a session, outlives a break of the network."""
+
+
+RefusalCode = Literal["protocol", "torch", "token", "busy", "lease", "malformed"]
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused"):
     """Listener → caller: no, and why. The connection ends."""
 
-    code: Literal["protocol", "torch", "token", "busy", "lease", "malformed"]
+    code: RefusalCode
     message: Text
 
 
@@ -147,6 +153,36 @@ class Geometry(msgspec.Struct, frozen=True, tag="g"):
     dtype: Name
     sizes: Shape
     strides: Shape
+
+
+# --- client ↔ worker: a session outlives its connections -----------------------------------------------------------
+
+
+class Attach(msgspec.Struct, frozen=True, tag="attach"):
+    """Client → worker, first on every connection: begin a session, or go on with one whose connection broke.
+
+    `session` is the client's to choose, unguessable; `received` is how many of the worker's messages it has.
+    """
+
+    session: Nonce
+    resumes: bool = False
+    received: Count = 0
+
+
+class Attached(msgspec.Struct, frozen=True, tag="attached"):
+    """Worker → client that resumes: how many of its messages have come in; it sends the others again."""
+
+    received: Count
+
+
+class Received(msgspec.Struct, frozen=True, tag="received"):
+    """Either way: so many messages of the session have come in. This one and the two above are not counted."""
+
+    messages: Count
+
+
+class EndSession(msgspec.Struct, frozen=True, tag="end-session"):
+    """Client → worker: the session is over; what it had is freed."""
 
 
 # --- client → worker: items of a batch, in order -------------------------------------------------------------------
@@ -344,7 +380,7 @@ class Acquire(msgspec.Struct, frozen=True, tag="acquire"):
     owner: Name
     devices: Annotated[int, Meta(ge=1, le=1024)] = 1
     memory_bytes: Size = 0
-    wait_s: Annotated[float, Meta(ge=0, le=1e7)] = 0.0
+    wait_s: Seconds = 0.0
 
 
 class Waiting(msgspec.Struct, frozen=True, tag="waiting"):
@@ -370,6 +406,13 @@ class Granted(msgspec.Struct, frozen=True, tag="granted"):
 
     lease: Name
     workers: Annotated[list[WorkerAddress], Meta(max_length=1024)]
+
+
+class Reattach(msgspec.Struct, frozen=True, tag="reattach"):
+    """Client → broker, on a new connection: this lease is mine, by its workers' token. Answered by `Heartbeat`."""
+
+    lease: Name
+    token: Name
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat"):
@@ -425,9 +468,9 @@ class Status(msgspec.Struct, frozen=True, tag="status"):
 
 
 Greeting = Challenge | Hello | Welcome | Refused
-ToWorker = Batch
-FromWorker = Data | Results | Usage | Done | Failed | Refused
-ToBroker = Acquire | Heartbeat | Release | GetStatus
+ToWorker = Attach | Batch | Received | EndSession
+FromWorker = Attached | Data | Results | Usage | Done | Failed | Received | Refused
+ToBroker = Acquire | Reattach | Heartbeat | Release | GetStatus
 FromBroker = Waiting | Granted | Heartbeat | LeaseEnded | Status | Refused
 
 PREFIX = struct.Struct("!IQ")

@@ -19,6 +19,7 @@ import msgspec
 
 from millpond.pool import transport, wire
 from millpond.pool.errors import ConnectionLost, HandshakeError, WireError
+from millpond.pool.link import Berth, Link
 from millpond.process import die_with_parent
 
 REPORT_S = 1.0
@@ -42,6 +43,7 @@ class Orders(msgspec.Struct, frozen=True):
     """`cpu`, or `cuda:N`."""
     memory_bytes: int
     parent: int
+    grace_s: float = 0.0
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -69,7 +71,7 @@ class Worker:
         self.last_work = time.monotonic()
         self._working: set[object] = set()
         self._greeting: dict[socket.socket, None] = {}
-        self._sessions = 0
+        self._sessions: dict[bytes, tuple[Link, Berth]] = {}
         self._lock = threading.Lock()
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -87,7 +89,7 @@ class Worker:
             self.listener.getsockname()[1],
             self.torch_version,
             self.memory.used_bytes,
-            self._sessions,
+            len(self._sessions),
             0.0 if self._working else time.monotonic() - self.last_work,
         )
 
@@ -113,48 +115,82 @@ class Worker:
                 receives="to-worker",
                 device=_name(self.orders.device),
                 memory_bytes=self.orders.memory_bytes,
+                grace_s=self.orders.grace_s,
             )
+            attach, _ = connection.receive(transport.GREETING_S)
         except (ConnectionLost, WireError, HandshakeError, TimeoutError, OSError) as error:
             print(f"worker {self.orders.lease}: refused a caller: {error}", file=sys.stderr)  # noqa: T201
             return
         finally:
             with self._lock:
                 self._greeting.pop(sock, None)
-        with connection:
-            self._session(connection)
+        if not isinstance(attach, wire.Attach):
+            _refuse(connection, "malformed", "the first message must attach to a session")
+        elif attach.resumes:
+            self._resume(connection, attach)
+        else:
+            self._begin(connection, attach.session)
 
-    def _session(self, connection: transport.Connection) -> None:
+    def _resume(self, connection: transport.Connection, attach: wire.Attach) -> None:
+        """Hand a connection to the session that it belongs to."""
+        known = self._sessions.get(attach.session)
+        if known is None:
+            _refuse(connection, "lease", "its session has ended at the worker: it was away for too long")
+            return
+        link, berth = known
+        link.close()  # before the new one is handed over, which must not be the one to be closed
+        berth.come_back(connection, attach.received)
+
+    def _begin(self, connection: transport.Connection, name: bytes) -> None:
+        """Run a session until its client ends it, or is gone for good."""
+        berth = Berth(self.orders.grace_s)
+        link = Link(connection, berth)
+        with self._lock:
+            known = name in self._sessions
+            full = sum(not berth.is_waiting for _, berth in self._sessions.values()) >= MAX_SESSIONS
+            if not full and len(self._sessions) >= MAX_SESSIONS:  # who came goes before who may come back
+                next(berth for _, berth in self._sessions.values() if berth.is_waiting).give_up()
+            if not known and not full:
+                self._sessions[name] = (link, berth)
+        if known:
+            _refuse(connection, "malformed", "this session has begun already")
+        elif full:
+            _refuse(connection, "busy", f"this lease has {MAX_SESSIONS} sessions already; end some")
+        else:
+            try:
+                self._run(link)
+            finally:
+                link.close()
+                with self._lock:
+                    del self._sessions[name]
+
+    def _run(self, link: Link) -> None:
         import torch
 
         from millpond.pool.graphs import GraphExecutor
 
-        with self._lock:
-            full = self._sessions >= MAX_SESSIONS
-            self._sessions += not full
-        if full:
-            connection.send(wire.Refused("busy", f"this lease has {MAX_SESSIONS} sessions already; end some"))
-            return
         executor = GraphExecutor(self.device, self.memory)
         try:
             with torch.inference_mode():
                 while True:
-                    batch, payload = connection.receive(None, executor.destination)
+                    message, payload = link.receive(executor.destination)
+                    if isinstance(message, wire.EndSession):
+                        return
+                    if not isinstance(message, wire.Batch):
+                        raise WireError("a session is attached to once a connection")
                     self._working.add(executor)
-                    for answer, data in executor.run(batch, payload):  # type: ignore[arg-type]
-                        connection.send(answer, data)
+                    for answer, data in executor.run(message, payload):
+                        link.send(answer, data)
                     self.last_work = time.monotonic()
                     self._working.discard(executor)
-        except ConnectionLost:
-            pass
+        except ConnectionLost as error:
+            print(f"worker {self.orders.lease}: ended a session: {error}", file=sys.stderr)  # noqa: T201
         except WireError as error:
             print(f"worker {self.orders.lease}: dropped a session: {error}", file=sys.stderr)  # noqa: T201
-            with contextlib.suppress(ConnectionLost):
-                connection.send(wire.Refused("malformed", str(error)[:1000]))
+            _refuse(link.connection, "malformed", str(error)[:1000])
         finally:
             executor.close()
             self._working.discard(executor)
-            with self._lock:
-                self._sessions -= 1
 
 
 def main() -> None:
@@ -205,6 +241,12 @@ def _name(device: str) -> str:
     import torch
 
     return torch.cuda.get_device_name(torch.device(device))[:100]
+
+
+def _refuse(connection: transport.Connection, code: wire.RefusalCode, message: str) -> None:
+    with contextlib.suppress(ConnectionLost):
+        connection.send(wire.Refused(code, message))
+    connection.close()
 
 
 def _hang_up(sock: socket.socket) -> None:
