@@ -59,7 +59,7 @@ def graph(steps: list[wire.Step], outputs: list[int], inputs: int = 1) -> wire.D
 
 def read(connection: Connection, handle: int) -> bytes:
     send(connection, wire.Read(handle, 0, 8))
-    message, payload = connection.receive(10)
+    message, payload = connection.receive(60)
     assert isinstance(message, wire.Data), message
     return bytes(payload)
 
