@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import secrets
 import subprocess
@@ -51,7 +52,15 @@ class WorkerProcess:
         self.process.stdin.write(msgspec.json.encode(orders) + b"\n")
         self.process.stdin.flush()
         self.memory_bytes = memory_bytes
-        self.port = self.next_report().port
+
+    @functools.cached_property
+    def first_report(self) -> Report:
+        """Where it listens."""
+        return self.next_report()
+
+    @property
+    def port(self) -> int:
+        return self.first_report.port
 
     def next_report(self) -> Report:
         """Wait for the worker's next report."""
@@ -67,18 +76,11 @@ class WorkerProcess:
 
     def environment(self) -> dict[str, str]:
         """The environment of a program under this lease."""
-        return {**os.environ, **attach.environment("lease-1", [self.address])}
+        return environment(self)
 
     def run(self, program: str, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
         """Run a Python program on the device to its end."""
-        return subprocess.run(
-            [sys.executable, "-c", program],
-            env=self.environment(),
-            capture_output=True,
-            text=True,
-            timeout=timeout_s,
-            check=False,
-        )
+        return run(program, self.environment(), timeout_s)
 
     def connect(self, token: str = TOKEN) -> transport.Connection:
         """Open a session."""
@@ -100,3 +102,37 @@ class WorkerProcess:
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
                 pipe.close()
+
+
+class Workers:
+    """The workers of a lease of several devices."""
+
+    def __init__(self, count: int = 2, memory_bytes: int = GIB, *, log: Path) -> None:
+        self.each = [
+            WorkerProcess(memory_bytes, log=log.with_suffix(f".{place}.log")) for place in range(count)
+        ]
+
+    def environment(self) -> dict[str, str]:
+        """The environment of a program under this lease."""
+        return environment(*self.each)
+
+    def run(self, program: str, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
+        """Run a Python program on the devices to its end."""
+        return run(program, self.environment(), timeout_s)
+
+    def close(self) -> None:
+        """Kill them."""
+        for worker in self.each:
+            worker.close()
+
+
+def environment(*workers: WorkerProcess) -> dict[str, str]:
+    """Return the environment of a program under a lease."""
+    return {**os.environ, **attach.environment("lease-1", [worker.address for worker in workers])}
+
+
+def run(program: str, environ: dict[str, str], timeout_s: float) -> subprocess.CompletedProcess[str]:
+    """Run a Python program to its end."""
+    return subprocess.run(
+        [sys.executable, "-c", program], env=environ, capture_output=True, text=True, timeout=timeout_s, check=False
+    )

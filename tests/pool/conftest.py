@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from worker_site import GIB, WorkerProcess
+from worker_site import GIB, WorkerProcess, Workers
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def worker(start_worker: Callable[..., WorkerProcess]) -> WorkerProcess:
 class DeviceProcess:
     """A process under a lease that runs test functions, one after another."""
 
-    def __init__(self, worker: WorkerProcess) -> None:
+    def __init__(self, worker: WorkerProcess | Workers) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-c", _RUN_FUNCTIONS],
             env={**worker.environment(), "PYTHONWARNINGS": "error"},
@@ -111,3 +111,19 @@ def cuda_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DevicePro
     yield process
     process.close()
     worker.close()
+
+
+@pytest.fixture(scope="session")
+def two_workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
+    """The workers of a lease of two devices, of 1 GiB each."""
+    workers = Workers(log=tmp_path_factory.mktemp("workers") / "worker")
+    yield workers
+    workers.close()
+
+
+@pytest.fixture(scope="session")
+def two_devices(two_workers: Workers) -> Iterator[DeviceProcess]:
+    """A process with the two devices, which says `cuda`."""
+    process = DeviceProcess(two_workers)
+    yield process
+    process.close()

@@ -72,15 +72,19 @@ def say() -> None:
 
 
 def meant(device: Any) -> Any:
-    """Return the device that a program means: the pool's for one that it calls `cuda`, any other as it is."""
+    """Return the device that a program means: the pool's for one that it calls `cuda`, any other as it is.
+
+    A device of the pool without an index is the current one.
+    """
     if type(device) is torch.device:
-        if device.type != NAME:
+        if device.type != NAME and (device.type != DEVICE or device.index is not None):
             return device
-    elif not isinstance(device, str) or not device.startswith(NAME):
+    elif not isinstance(device, str) or not (device.startswith(NAME) or device == DEVICE):
         return device
     else:
         device = torch.device(device)
-    say()
+    if device.type == NAME:
+        say()
     return torch.device(DEVICE, _current_index() if device.index is None else device.index)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils import backend_registration
 
-from millpond.pool import attach, capture, cuda, kernels, shims, sparse, transport, wire
+from millpond.pool import attach, capture, cuda, kernels, parallel, shims, sparse, transport, wire
 from millpond.pool.errors import LeaseError
 from millpond.pool.link import Dialler, Link
 from millpond.pool.session import Session
@@ -39,6 +39,12 @@ class _Guard(torch._C._acc.DeviceGuard):
         return torch._C._autograd.DeviceType.PrivateUse1
 
 
+class _Current(threading.local):
+    """The device that a thread chose: each has its own, as with CUDA."""
+
+    index = 0
+
+
 class DeviceModule:
     """`torch.pool`: what PyTorch and programs ask of a device."""
 
@@ -47,7 +53,7 @@ class DeviceModule:
         self.workers = workers
         self._sessions: dict[int, Session] = {}
         self._lock = threading.RLock()
-        self._current = 0
+        self._current = _Current()
         self._seed: int | None = None
         """What the program seeded all devices with; None before it has."""
         self._process = os.getpid()
@@ -60,7 +66,7 @@ class DeviceModule:
             LeaseError: the lease has no such device.
             ConnectionLost, HandshakeError: its worker cannot be reached.
         """
-        index = self._current if index is None else index
+        index = self._current.index if index is None else index
         session = self._sessions.get(index)
         if session is not None:
             return session
@@ -122,33 +128,40 @@ class DeviceModule:
 
     def current_device(self) -> int:
         """Return the index of the device that `pool` without an index means."""
-        return self._current
+        return self._current.index
 
     def set_device(self, device: int | str | torch.device) -> None:
         """Choose the device that `pool` without an index means."""
         index = device if isinstance(device, int) else torch.device(device).index or 0
         if not 0 <= index < len(self.workers):
             raise LeaseError(f"{cuda.name(index)} does not exist: lease {self.lease} has {len(self.workers)} device(s)")
-        self._current = index
+        self._current.index = index
+
+    def exchange_device(self, index: int) -> int:
+        """Choose a device, unless it is below 0; return the one that was chosen before."""
+        before = self._current.index
+        if index >= 0:
+            self.set_device(index)
+        return before
 
     @contextlib.contextmanager
     def device(self, device: int | str | torch.device | None) -> Iterator[None]:
         """Choose a device for the length of a `with` block; None and -1 leave it as it is."""
-        before = self._current
+        before = self._current.index
         if device is not None and device != -1:
             self.set_device(device)
         try:
             yield
         finally:
-            self._current = before
+            self._current.index = before
 
     def get_device_name(self, device: Any = None) -> str:
         """Return the name of the worker's device."""
-        return self.workers[_index(device, self._current)].device
+        return self.workers[_index(device, self._current.index)].device
 
     def synchronize(self, device: Any = None) -> None:
         """Wait until everything issued so far has run; raise what failed."""
-        self.session(_index(device, self._current)).request(wire.Synchronize(), wire.Done, "synchronize")
+        self.session(_index(device, self._current.index)).request(wire.Synchronize(), wire.Done, "synchronize")
 
     def manual_seed(self, seed: int) -> None:
         """Seed the generator of the current device."""
@@ -166,15 +179,15 @@ class DeviceModule:
 
     def get_rng_state(self, device: Any = None) -> torch.Tensor:
         """Return the state of a device's generator."""
-        return self.session(_index(device, self._current)).random_state()
+        return self.session(_index(device, self._current.index)).random_state()
 
     def set_rng_state(self, state: torch.Tensor, device: Any = None) -> None:
         """Set the state of a device's generator."""
-        self.session(_index(device, self._current)).set_random_state(state)
+        self.session(_index(device, self._current.index)).set_random_state(state)
 
     def usage(self, device: Any = None) -> wire.Usage:
         """Return the lease's memory: in use, peak, limit; and what CUDA says of a GPU."""
-        session = self.session(_index(device, self._current))
+        session = self.session(_index(device, self._current.index))
         return session.request(wire.GetUsage(), wire.Usage, "usage")[0]
 
     def memory_allocated(self, device: Any = None) -> int:
@@ -187,7 +200,7 @@ class DeviceModule:
 
     def reset_peak_memory_stats(self, device: Any = None) -> None:
         """Count the most bytes in use anew from here."""
-        session = self.session(_index(device, self._current))
+        session = self.session(_index(device, self._current.index))
         session.request(wire.GetUsage(reset_peak=True), wire.Usage, "usage")
 
     def mem_get_info(self, device: Any = None) -> tuple[int, int]:
@@ -218,11 +231,13 @@ def register(lease: str, workers: list[wire.WorkerAddress]) -> DeviceModule:
     backend_registration._setup_privateuseone_for_python_backend(DEVICE, module, _Hook(), _Guard())
     _library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
     kernels.open_session = module.session
+    kernels.current_device = module.current_device
     kernels.device_name = module.get_device_name
     kernels.register(_library)
     shims.install(_library)
     sparse.install(_library)
     cuda.install(_library, module)
+    parallel.install(module)
     capture.install()
     atexit.register(module.close)
     return module

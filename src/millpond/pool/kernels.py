@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from millpond.pool import codec, generators, wire
+from millpond.pool import codec, cuda, generators, wire
 from millpond.pool.errors import LeaseError, WireError
 from millpond.pool.operators import DENIED
 from millpond.pool.plan import Op, Plan, Signature, make, on_meta
@@ -29,6 +29,9 @@ INDEXING = ("aten::index", "aten::_index", "aten::_unsafe_index")
 
 open_session: Callable[[int], Session]
 """Returns the session of a device; set by `device.register`."""
+
+current_device: Callable[[], int] = int
+"""Returns the device that one without an index means; set by `device.register`."""
 
 device_name: Callable[[int], str] = str
 """Returns the name of a worker's device, `CPU` or a GPU's; set by `device.register`."""
@@ -51,7 +54,8 @@ def call(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     session = signature.session
     if session is None:
         device = kwargs.get("device")
-        session = open_session((device.index or 0) if device is not None and device.type == DEVICE else 0)
+        index = device.index if device is not None and device.type == DEVICE else None
+        session = open_session(current_device() if index is None else index)
         if op.takes_device and device is None:
             kwargs["device"] = torch.device(DEVICE, session.index)
     key = tuple(signature.key)
@@ -135,10 +139,10 @@ def _bring(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Move operands in the host's memory to the device where PyTorch allows them there; else refuse as it does."""
     if signature.session is None or not op.name.startswith(INDEXING):
+        here = cuda.name(signature.session.index if signature.session else 0)
         raise RuntimeError(
-            f"Expected all tensors to be on the same device, but found at least two devices, {DEVICE}:"
-            f"{signature.session.index if signature.session else 0} and {signature.foreign[0].device}! "
-            f"(when calling {op.name}). Move it first: .to('{DEVICE}')."
+            f"Expected all tensors to be on the same device, but found at least two devices, {here} and "
+            f"{signature.foreign[0].device}! (when calling {op.name}). Move it first: .to('{here}')."
         )
 
     def move(value: Any) -> Any:

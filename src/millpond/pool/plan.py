@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import torch
 
-from millpond.pool import codec, wire
+from millpond.pool import codec, cuda, wire
 from millpond.pool.operators import new_results
 from millpond.pool.tensors import Mold, Remote, remote_of
 
@@ -176,7 +176,8 @@ class Signature:
         if self.session is not None:
             raise RuntimeError(
                 f"Expected all tensors to be on the same device, but found at least two devices, "
-                f"pool:{self.session.index} and pool:{session.index}!"
+                f"{cuda.name(self.session.index)} and {cuda.name(session.index)}! (when calling {self.op}). "
+                f"Move one first: .to('{cuda.name(self.session.index)}')."
             )
         self.session = session
 
@@ -224,7 +225,9 @@ def make(op: Op, plan_id: int, index: int, args: tuple[Any, ...], kwargs: dict[s
     for place in op.writes:
         written = args[place] if isinstance(place, int) and place < len(args) else kwargs.get(str(place))
         if isinstance(written, Tensor) and remote_of(written) is None:
-            raise RuntimeError(f"Expected out tensor to have device pool:{index}, but got {written.device} instead")
+            raise RuntimeError(
+                f"Expected out tensor to have device {cuda.name(index)}, but got {written.device} instead"
+            )
     plan = Plan(op, plan_id, index)
     plan.what = f"{op.name}({', '.join(_shown(args, kwargs))})"
     writer = _Writer(op)
