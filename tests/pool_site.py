@@ -2,7 +2,8 @@
 
 The stand-in keeps the worker's contract (orders by stdin, reports by stdout, ends with its broker) but loads no torch,
 so that a lease takes milliseconds. A device's torch name says how its worker behaves: `serves`, `fails`, `idles`.
-Run as a program, this file is that broker (`broker NAME:GIB …`) or that worker (`worker`).
+Run as a program, this file is that broker (`broker NAME:GIB …`), a host that joins one (`join HOST NAME:GIB …`) or that
+worker (`worker`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from typing import Any, TypeVar
 import msgspec
 import psutil
 
-from millpond.pool import broker, lease, transport, wire
+from millpond.pool import agent, broker, handshake, lease, transport, wire
+from millpond.pool.errors import PoolError
 from millpond.pool.scheduler import Device
 from millpond.pool.worker import Orders, Report
 from millpond.process import die_with_parent
@@ -116,13 +118,91 @@ class BrokerProcess:
             self.process.wait(DEADLINE_S)
 
 
-def run_broker(devices: list[str]) -> None:
+def greet(broker: BrokerProcess) -> socket.socket:
+    """Return the bare socket of a caller who knows the token."""
+    sock = broker.raw()
+    opening = read_message(sock)
+    assert isinstance(opening, wire.Challenge)
+    sock.sendall(wire.encode(handshake.answer(opening, TOKEN, "2.13")))
+    assert isinstance(read_message(sock), wire.Welcome)
+    return sock
+
+
+def read_message(sock: socket.socket) -> wire.Message:
+    header_bytes, _ = wire.measure(sock.recv(wire.PREFIX.size, socket.MSG_WAITALL))
+    header = sock.recv(header_bytes, socket.MSG_WAITALL)
+    try:
+        return wire.decode(header, "greeting")
+    except PoolError:
+        return wire.decode(header, "from-broker")
+
+
+def frame(header: bytes) -> bytes:
+    return wire.PREFIX.pack(len(header), 0) + header
+
+
+def is_hung_up(sock: socket.socket) -> bool:
+    """Read to the end; it must come well before any limit on silence."""
+    sock.settimeout(5)
+    try:
+        while sock.recv(65_536):
+            pass
+    except TimeoutError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+class HostProcess:
+    """A host that has joined a broker's pool; `devices` as for a broker."""
+
+    def __init__(self, site: BrokerProcess, name: str, *devices: str, wait: bool = True, **environ: str) -> None:
+        self.name = name
+        self.log = site.home / f"{name}.log"
+        ours = [sys.executable, __file__, "join", name, *devices]
+        command = ours if devices else [sys.executable, "-m", "millpond", "pool", "join", "--name", name]
+        parent = os.getpid()
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                command,
+                env={**site.environ, **environ},
+                stdout=log,
+                stderr=log,
+                preexec_fn=lambda: die_with_parent(parent),
+            )
+        if wait:
+            wait_for(lambda: self.name in {device.host for device in site.status().devices}, 60)
+
+    def workers(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def close(self) -> None:
+        """End it as an operator does."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.send_signal(signal.SIGTERM)
+            self.process.wait(DEADLINE_S)
+
+
+STAND_IN = [sys.executable, __file__, "worker"]
+
+
+def stand_ins(devices: list[str]) -> list[Device]:
     parsed = [device.rpartition(":") for device in devices]
-    broker.serve(
-        load(PoolSettings),
-        devices=[Device(i, f"stand-in {i}", name, int(size) * GIB) for i, (name, _, size) in enumerate(parsed)],
-        worker_command=[sys.executable, __file__, "worker"],
-    )
+    return [Device(i, f"stand-in {i}", name, int(size) * GIB) for i, (name, _, size) in enumerate(parsed)]
+
+
+def run_broker(devices: list[str]) -> None:
+    broker.serve(load(PoolSettings), devices=stand_ins(devices), worker_command=STAND_IN)
+
+
+def run_host(name: str, devices: list[str]) -> None:
+    agent.join(load(PoolSettings), name, devices=stand_ins(devices), worker_command=STAND_IN)
 
 
 def run_worker() -> None:
@@ -134,11 +214,18 @@ def run_worker() -> None:
     started = time.monotonic()
     while True:
         idle_s = time.monotonic() - started if orders.device == "idles" else 0.0
-        report = Report(listener.getsockname()[1], "2.13", used_bytes=7 * 2**20, idle_s=idle_s)
+        port = listener.getsockname()[1]
+        report = Report(port, "2.13", used_bytes=7 * 2**20, idle_s=idle_s, peer_port=port if orders.peer_token else 0)
         sys.stdout.buffer.write(msgspec.json.encode(report) + b"\n")
         sys.stdout.flush()
         time.sleep(0.05)
 
 
 if __name__ == "__main__":
-    run_worker() if sys.argv[1] == "worker" else run_broker(sys.argv[2:])
+    match sys.argv[1:]:
+        case ["worker"]:
+            run_worker()
+        case ["broker", *devices]:
+            run_broker(devices)
+        case ["join", name, *devices]:
+            run_host(name, devices)

@@ -8,6 +8,7 @@ import os
 import secrets
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ import msgspec
 
 from millpond.pool import attach, transport, wire
 from millpond.pool.errors import ConnectionLost
-from millpond.pool.worker import Orders, Report
+from millpond.pool.worker import Introduction, Orders, Report
 
 GIB = 1024**3
 TOKEN = "the lease's token"
+PEER_TOKEN = "the token of the lease's workers among themselves"
 
 
 class SessionConnection(transport.Connection):
@@ -38,7 +40,7 @@ class SessionConnection(transport.Connection):
 class WorkerProcess:
     """A worker started as the broker starts it."""
 
-    def __init__(self, memory_bytes: int = GIB, *, log: Path) -> None:
+    def __init__(self, memory_bytes: int = GIB, *, log: Path, peer_token: str = "") -> None:
         self.log = log
         with log.open("wb") as stderr:
             self.process = subprocess.Popen(
@@ -48,7 +50,7 @@ class WorkerProcess:
                 stderr=stderr,
             )
         assert self.process.stdin is not None
-        orders = Orders("lease-1", TOKEN, "127.0.0.1", "cpu", memory_bytes, os.getpid(), grace_s=30.0)
+        orders = Orders("lease-1", TOKEN, "127.0.0.1", "cpu", memory_bytes, os.getpid(), 30.0, peer_token)
         self.process.stdin.write(msgspec.json.encode(orders) + b"\n")
         self.process.stdin.flush()
         self.memory_bytes = memory_bytes
@@ -82,6 +84,15 @@ class WorkerProcess:
         """Run a Python program on the device to its end."""
         return run(program, self.environment(), timeout_s)
 
+    def introduce(self, own: int, workers: Sequence[WorkerProcess]) -> None:
+        """Tell it, as the broker does, who the lease's workers are."""
+        assert self.process.stdin is not None
+        introduction = Introduction(
+            own, [wire.PeerAddress("127.0.0.1", worker.first_report.peer_port) for worker in workers]
+        )
+        self.process.stdin.write(msgspec.json.encode(introduction) + b"\n")
+        self.process.stdin.flush()
+
     def connect(self, token: str = TOKEN) -> transport.Connection:
         """Open a session."""
         connection = SessionConnection(self.dial(token).socket, sends="to-worker", receives="from-worker")
@@ -109,8 +120,11 @@ class Workers:
 
     def __init__(self, count: int = 2, memory_bytes: int = GIB, *, log: Path) -> None:
         self.each = [
-            WorkerProcess(memory_bytes, log=log.with_suffix(f".{place}.log")) for place in range(count)
+            WorkerProcess(memory_bytes, log=log.with_suffix(f".{place}.log"), peer_token=PEER_TOKEN)
+            for place in range(count)
         ]
+        for place, worker in enumerate(self.each):
+            worker.introduce(place, self.each)
 
     def environment(self) -> dict[str, str]:
         """The environment of a program under this lease."""

@@ -46,13 +46,13 @@ def _home() -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class PoolSettings:
-    """`millpond pool serve`, and the address and token its clients use."""
+    """`millpond pool serve` and `join`, and the address and token that clients use."""
 
     home: Path = _home()
     bind: str = _setting("Address the broker listens on; anything but loopback needs a token.", default="127.0.0.1")
     port: int = _setting("Port the broker listens on; 0 picks a free one.", default=7070)
-    address: str = _setting("Where clients find the broker, host:port.", default="127.0.0.1:7070")
-    token: str = _setting("Shared secret between broker and clients.", default="", secret=True)
+    address: str = _setting("Where clients, and hosts that join, find the broker: host:port.", default="127.0.0.1:7070")
+    token: str = _setting("Shared secret of broker, clients and hosts that join.", default="", secret=True)
     memory: str = _setting("Memory offered by a CPU device, such as 8GiB; empty: half of the host's.", default="")
     heartbeat_s: float = _setting("Seconds between a client's heartbeats.", default=2.0)
     grace_s: float = _setting("Seconds that a lease, with all it has on its workers, outlives silence.", default=30.0)

@@ -3,7 +3,6 @@
 import contextlib
 import pickle
 import random
-import socket
 import time
 from collections.abc import Iterator
 
@@ -16,7 +15,7 @@ from millpond.pool.broker import MAX_CLIENTS
 from millpond.pool.errors import AuthenticationError, ConnectionLost, PoolError
 from millpond.pool.lease import Lease, connect
 from millpond.settings import PoolSettings, load
-from pool_site import DEADLINE_S, TOKEN, BrokerProcess, wait_for
+from pool_site import DEADLINE_S, TOKEN, BrokerProcess, frame, greet, is_hung_up, read_message, wait_for
 
 FLAT_BYTES = 16 * 2**20
 """An attack may make the broker larger by no more than this, however long it lasts."""
@@ -44,42 +43,6 @@ def unharmed(broker) -> Iterator[Lease]:
         assert broker.lease_status(lease.granted.lease).state == "active"
         assert process.memory_info().rss - before < FLAT_BYTES
     assert "Traceback" not in broker.log.read_text()
-
-
-def greet(broker: BrokerProcess) -> socket.socket:
-    """Return the bare socket of a caller who knows the token."""
-    sock = broker.raw()
-    opening = read_message(sock)
-    assert isinstance(opening, wire.Challenge)
-    sock.sendall(wire.encode(handshake.answer(opening, TOKEN, "2.13")))
-    assert isinstance(read_message(sock), wire.Welcome)
-    return sock
-
-
-def read_message(sock: socket.socket) -> wire.Message:
-    header_bytes, _ = wire.measure(sock.recv(wire.PREFIX.size, socket.MSG_WAITALL))
-    header = sock.recv(header_bytes, socket.MSG_WAITALL)
-    try:
-        return wire.decode(header, "greeting")
-    except PoolError:
-        return wire.decode(header, "from-broker")
-
-
-def frame(header: bytes) -> bytes:
-    return wire.PREFIX.pack(len(header), 0) + header
-
-
-def is_hung_up(sock: socket.socket) -> bool:
-    """Read to the end; it must come well before any limit on silence."""
-    sock.settimeout(5)
-    try:
-        while sock.recv(65_536):
-            pass
-    except TimeoutError:
-        return False
-    except OSError:
-        pass
-    return True
 
 
 class Payload:

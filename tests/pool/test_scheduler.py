@@ -226,3 +226,46 @@ def test_over_any_history_no_device_is_lent_twice():
         for lease in [lease.id for lease in scheduler.leases.values() if lease.is_live]:
             stopping += stopped(scheduler.end(now, lease, "released", ""))
     assert all(scheduler.free_bytes(device) == device.memory_bytes for device in scheduler.devices)
+
+
+def two_hosts(*sizes: tuple[str, int]) -> Scheduler:
+    devices = [Device(i, "GPU", f"cuda:{i}", size * GIB, host) for i, (host, size) in enumerate(sizes)]
+    return Scheduler(devices, grace_s=8.0)
+
+
+def test_a_lease_of_several_devices_stays_on_one_host_if_it_can():
+    scheduler = two_hosts(("one", 8), ("other", 8), ("other", 8))
+    scheduler.request(0, "a", "ann", count=2)
+    assert {device.host for device in scheduler.leases["a"].devices} == {"other"}
+    scheduler = two_hosts(("one", 8), ("other", 8))
+    scheduler.request(0, "a", "ann", count=2)
+    assert {device.host for device in scheduler.leases["a"].devices} == {"one", "other"}
+
+
+def test_a_host_that_joins_serves_who_waits():
+    scheduler = two_hosts(("one", 8))
+    scheduler.request(0, "a", "ann")
+    scheduler.request(0, "b", "bob", wait_s=9)
+    assert started(scheduler.host_joined(1, [Device(1, "GPU", "cuda:0", 8 * GIB, "other")])) == ["b"]
+    assert [device.index for device in scheduler.leases["b"].devices] == [1]
+
+
+def test_a_lost_host_lends_no_more_and_its_leases_end_with_their_workers():
+    scheduler = two_hosts(("one", 8), ("other", 8))
+    scheduler.request(0, "a", "ann")
+    scheduler.request(0, "b", "bob")
+    activate(scheduler, 0, "b")
+    scheduler.host_lost(1, "other")
+    assert [device.host for device in scheduler.devices] == ["one"]
+    assert scheduler.leases["b"].state == "active"
+    assert stopped(scheduler.end(1, "b", "failed", "its host is lost")) == ["b"]
+    scheduler.workers_gone(1, "b")
+    scheduler.host_joined(2, [Device(1, "GPU", "cuda:0", 8 * GIB, "other")])
+    assert [scheduler.free_bytes(device) for device in scheduler.devices] == [0, 8 * GIB]
+    with pytest.raises(LeaseError, match="can never lend 3 device"):
+        scheduler.request(3, "c", "cid", count=3)
+    scheduler.request(3, "c", "cid", count=2, wait_s=99)
+    scheduler.end(4, "a", "released", "")
+    scheduler.host_lost(4, "other")
+    scheduler.workers_gone(4, "a")
+    assert scheduler.leases["c"].reason == "a host has left the pool, and too few devices remain"

@@ -35,6 +35,8 @@ ITEMS = [
     wire.Synchronize(),
     wire.DefineGraph(1, [wire.Geometry("float32", (2,), (1,))], [wire.Step(3, [0], [0.5])], [1]),
     wire.Run(1, [4], 7),
+    wire.Send(4, 1, b"t" * 16),
+    wire.Receive(8, 0, b"t" * 16, wire.Geometry("float32", (2,), (1,))),
 ]
 WORKER = wire.WorkerAddress("127.0.0.1", 7071, "secret", 1, "CPU", 2**30)
 MESSAGES: list[tuple[wire.Message, wire.Direction]] = [
@@ -61,7 +63,16 @@ MESSAGES: list[tuple[wire.Message, wire.Direction]] = [
     (wire.Waiting("lease-1", "full"), "from-broker"),
     (wire.Granted("lease-1", [WORKER]), "from-broker"),
     (wire.LeaseEnded("lease-1", "expired", "idle"), "from-broker"),
-    (wire.Status("0.1", "2.13", [wire.DeviceStatus(0, "CPU", 2, 1)], []), "from-broker"),
+    (wire.Status("0.1", "2.13", [wire.DeviceStatus(0, "CPU", 2, 1, "gpu-1")], []), "from-broker"),
+    (wire.Deliver(b"t" * 16, 64, 32), "to-peer"),
+    (wire.Withhold(b"t" * 16, "index", "out of range"), "to-peer"),
+    (wire.Join("gpu-2", [wire.HostDevice("H100", "cuda:0", 2**36)]), "to-broker"),
+    (wire.Joined(), "to-host"),
+    (wire.StartWorker(3, "lease-1", "cuda:0", 2**36, "secret", "another", 30.0), "to-host"),
+    (wire.EndWorker(3), "to-host"),
+    (wire.Introduce(3, 1, [wire.PeerAddress("10.0.0.1", 7072)]), "to-host"),
+    (wire.WorkerReport(3, 17, 7071, 7072, 5, 0.5), "from-host"),
+    (wire.WorkerEnded(3, "was ended by SIGKILL"), "from-host"),
 ]
 
 
@@ -75,7 +86,16 @@ def test_a_message_arrives_as_it_was_sent(message, direction):
 
 
 def test_every_message_and_item_is_tested_here():
-    directions = (wire.Greeting, wire.ToWorker, wire.FromWorker, wire.ToBroker, wire.FromBroker)
+    directions = (
+        wire.Greeting,
+        wire.ToWorker,
+        wire.FromWorker,
+        wire.ToPeer,
+        wire.ToBroker,
+        wire.FromBroker,
+        wire.ToHost,
+        wire.FromHost,
+    )
     known = {kind for union in directions for kind in get_args(union)}
     assert {type(message) for message, _ in MESSAGES} == known
     assert {type(item) for item in ITEMS} == set(get_args(wire.Item))

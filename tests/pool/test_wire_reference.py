@@ -7,13 +7,22 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from millpond.pool import broker, scheduler, wire
+from millpond.pool import broker, peers, scheduler, wire
 
 PAGE = (Path(__file__).parents[2] / "docs/reference/wire.md").read_text()
 MESSAGES = {
-    m
-    for union in (wire.Greeting, wire.ToBroker, wire.FromBroker, wire.ToWorker, wire.FromWorker)
-    for m in typing.get_args(union)
+    message
+    for union in (
+        wire.Greeting,
+        wire.ToBroker,
+        wire.FromBroker,
+        wire.ToWorker,
+        wire.FromWorker,
+        wire.ToPeer,
+        wire.ToHost,
+        wire.FromHost,
+    )
+    for message in typing.get_args(union)
 }
 BEFORE, SESSION = PAGE.split("## Client and worker")
 ROW = re.compile(r"^\| ([a-z`, -]+) \|(.*)\|$", re.MULTILINE)
@@ -30,8 +39,13 @@ VALUES = {wire.Operand, wire.View, wire.Slot, wire.Symbol, wire.Complex, wire.Bi
 def test_each_message_is_on_the_page_with_its_fields(message):
     row = ROWS[message.__struct_config__.tag]
     wanted = {field.name for field in msgspec.structs.fields(message)}
-    if message in (wire.Granted, wire.Status):
-        nested = {wire.Granted: [wire.WorkerAddress], wire.Status: [wire.DeviceStatus, wire.LeaseStatus]}[message]
+    nested = {
+        wire.Granted: [wire.WorkerAddress],
+        wire.Status: [wire.DeviceStatus, wire.LeaseStatus],
+        wire.Join: [wire.HostDevice],
+        wire.Introduce: [wire.PeerAddress],
+    }.get(message, [])
+    if nested:
         wanted |= {field.name for struct in nested for field in msgspec.structs.fields(struct)}
     if message is wire.Ask:  # "as `call`"
         row = ROWS["call"]
@@ -48,6 +62,10 @@ def test_the_limits_are_those_of_the_code():
     assert f"`data` (≤ {wire.MAX_INLINE_BYTES // 1024} KiB)" in PAGE
     assert f"`PROTOCOL` (now {wire.PROTOCOL})" in PAGE
     text = " ".join(PAGE.split())
+    assert f"at most {wire.MAX_HOST_DEVICES} a host, and {broker.MAX_HOSTS} hosts" in text
+    assert f"in parts of at most {peers.CHUNK_BYTES // 2**20} MiB" in text
+    assert f"At most {peers.MAX_ARRIVALS:,} deliveries wait at a worker" in text
+    assert f"`receive` waits {peers.RECEIVE_S:g} s at most" in text
     assert f"at most {broker.MAX_CLIENTS} clients, {broker.MAX_GREETING} callers" in text
     assert f"{scheduler.MAX_PENDING} waiting leases, {scheduler.MAX_PARTS} leases on a device" in text
     assert f"and {scheduler.KEEP_PAST} past ones" in text

@@ -1,4 +1,4 @@
-"""`millpond pool`: offer this host's devices, run a program on one, look at the pool."""
+"""`millpond pool`: offer hosts' devices, run a program on one, look at the pool."""
 
 from __future__ import annotations
 
@@ -16,15 +16,37 @@ def serve(
     bind: str | None = typer.Option(None, "--bind", help="Address to listen on; anything but loopback needs a token."),
     port: int | None = typer.Option(None, "--port", min=0, max=65_535, help="Port to listen on; 0 picks a free one."),
     memory: str | None = typer.Option(None, "--memory", help="Memory that a CPU device offers, such as 8GiB."),
+    no_devices: bool = typer.Option(False, "--no-devices", help="Offer only the devices of hosts that join."),
 ) -> None:
-    """Offer this host's GPUs, or its CPU where it has none."""
+    """Offer this host's GPUs, or its CPU where it has none, and those of hosts that join."""
     import logging
 
     from millpond import settings
     from millpond.pool import broker
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    broker.serve(settings.load(settings.PoolSettings, bind=bind, port=port, memory=memory))
+    loaded = settings.load(settings.PoolSettings, bind=bind, port=port, memory=memory)
+    broker.serve(loaded, devices=[] if no_devices else None)
+
+
+@app.command()
+def join(
+    address: str | None = typer.Argument(
+        None, help="The broker, host:port; default: MILLPOND_POOL_ADDRESS.", metavar="[ADDRESS]"
+    ),
+    name: str | None = typer.Option(None, "--name", help="What the pool calls this host; default: its own name."),
+    memory: str | None = typer.Option(None, "--memory", help="Memory that a CPU device offers, such as 8GiB."),
+) -> None:
+    """Offer this host's devices to the broker at ADDRESS, for as long as this runs."""
+    import logging
+    import socket
+
+    from millpond import settings
+    from millpond.pool import agent
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    loaded = settings.load(settings.PoolSettings, address=address, memory=memory)
+    agent.join(loaded, (name or socket.gethostname())[:64])
 
 
 @app.command(context_settings={"allow_interspersed_args": False})
@@ -95,9 +117,10 @@ def status(as_json: bool = JSON) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:  # a file or a pipe has no edge
         console.width = 200
-    devices = Table("device", "name", "memory", "free", title="devices", title_justify="left", box=None)
+    devices = Table("device", "host", "name", "memory", "free", title="devices", title_justify="left", box=None)
     for device in found.devices:
-        devices.add_row(str(device.index), Text(device.name), gib(device.memory_bytes), gib(device.free_bytes))
+        memory, free = gib(device.memory_bytes), gib(device.free_bytes)
+        devices.add_row(str(device.index), Text(device.host), Text(device.name), memory, free)
     console.print(devices)
     leases = Table(title="leases", title_justify="left", box=None)
     for column in ("lease", "owner", "state", "on", "used", "of", "since"):

@@ -1,51 +1,45 @@
-"""The broker: lends this host's devices, starts and watches a worker process for each, and ends them with the lease.
+"""The broker: lends the devices of its hosts, has a worker run on each that is lent, and ends them with the lease.
 
-The decisions are the scheduler's; here are the sockets, processes, clock and disk. It runs in one thread and loads
-no torch. A client's lease hangs on its connection; a worker hangs on the broker; nothing outlives it.
+The decisions are the scheduler's; here are the sockets, clock and disk. Its own host is one of the hosts, others join.
+It runs in one thread and loads no torch. A client's lease hangs on its connection, a worker on its host's part in the
+pool, its own host on it; nothing outlives it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import hmac
+import ipaddress
+import itertools
 import logging
-import os
 import secrets
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
-import msgspec
-
 from millpond import __version__
 from millpond.pool import handshake, lease, transport, wire
-from millpond.pool.attach import LEASE, WORKERS
 from millpond.pool.errors import HandshakeError, LeaseError, WireError
+from millpond.pool.host import WORKER_COMMAND, Host, OwnHost
+from millpond.pool.joined import JoinedHost
 from millpond.pool.monitor import find_devices
 from millpond.pool.records import Records, hold
 from millpond.pool.scheduler import Decision, Device, End, Lease, Scheduler, Start, Stop, Wait, gib, recall
-from millpond.pool.worker import Orders, Report
 from millpond.settings import PoolSettings, check_exposure
 
 MAX_CLIENTS = 256
 """Connections of clients that have proved who they are; each has one lease at most."""
 MAX_GREETING = 64
 """Connections of callers that have not; a further one displaces the oldest."""
+MAX_HOSTS = 64
+"""Hosts that may join."""
 TICK_S = 0.25
-START_S = 120.0
-"""How long a worker may take to start: it loads torch, and makes a context on its device."""
-SILENT_WORKER_S = 60.0
-"""A worker reports every second; one that has not for so long is taken for dead."""
 STOP_S = 5.0
 """How long the ends of workers and connections may take when the broker stops."""
-MAX_REPORT_BYTES = 4096
-WORKER_COMMAND = (sys.executable, "-m", "millpond.pool.worker")
-SECRETS = ("MILLPOND_POOL_TOKEN", "MILLPOND_POOL_TOKEN_FILE", LEASE, WORKERS)
-"""What a worker must not inherit."""
 
 log = logging.getLogger("millpond.pool")
 
@@ -92,20 +86,19 @@ class Client:
 
 
 class Worker:
-    """A worker process of a lease."""
+    """A worker of a lease, wherever it runs."""
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, number: int, device: Device, host: Host) -> None:
+        self.number = number
         self.device = device
-        self.process: asyncio.subprocess.Process | None = None
-        self.report: Report | None = None
+        self.host = host
+        self.report: wire.WorkerReport | None = None
         self.ready = asyncio.Event()
         """Set when it listens, and when it has ended."""
 
     def kill(self) -> None:
-        """End the process, and what it has started."""
-        if self.process is not None and self.process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
+        """End it."""
+        self.host.end_worker(self.number)
 
 
 class Broker:
@@ -120,7 +113,12 @@ class Broker:
     ) -> None:
         self.settings = settings
         self.records = records
-        self.worker_command = worker_command
+        own = OwnHost(socket.gethostname()[:64], settings.bind, worker_command)
+        self.hosts: dict[str, Host] = {own.name: own}
+        devices = [dataclasses.replace(device, host=own.name) for device in devices]
+        self._indices = {(own.name, place): device.index for place, device in enumerate(devices)}
+        """Numbers of the devices of all hosts that were ever here: one that comes back has the same again."""
+        self._numbers = itertools.count()
         self.torch = lease.torch_version()
         self._clock_offset = time.time() - time.monotonic()
         self.scheduler = Scheduler(devices, settings.grace_s, settings.idle_limit_s, recall(records.load(), self.now()))
@@ -154,7 +152,12 @@ class Broker:
                     # We were held up, not the clients: what they sent meanwhile is not read yet.
                     for known in self.scheduler.leases.values():
                         self.scheduler.client_heard(now, known.id)
+                    for host in self._joined():
+                        host.heard = now
                 last = now
+                for host in self._joined():
+                    if now - host.heard > self.settings.grace_s:
+                        host.hang_up()
                 self._carry_out(self.scheduler.tick(now))
         finally:
             server.close()
@@ -201,7 +204,10 @@ class Broker:
             while True:
                 async with asyncio.timeout(2 * self.settings.grace_s):  # the scheduler ends leases long before
                     message = await _receive(reader, "to-broker")
-                    self._handle(client, message)
+                if isinstance(message, wire.Join):
+                    return await self._keep_host(client, message, reader)
+                self._handle(client, message)
+                async with asyncio.timeout(2 * self.settings.grace_s):
                     await writer.drain()
         except WireError as error:
             why = f"its client sent what it may not: {error}"[:1000]
@@ -278,6 +284,53 @@ class Broker:
             self.scheduler.client_heard(self.now(), known.id)
             client.send(wire.Heartbeat())
 
+    # --- hosts ---------------------------------------------------------------------------------------------------
+
+    def _joined(self) -> list[JoinedHost]:
+        return [host for host in self.hosts.values() if isinstance(host, JoinedHost)]
+
+    async def _keep_host(self, client: Client, join: wire.Join, reader: asyncio.StreamReader) -> None:
+        """Lend a host's devices for as long as its connection stands."""
+        if client.lease is not None:
+            raise WireError("a connection is a client's or a host's")
+        if join.name in self.hosts:
+            client.send(wire.Refused("busy", f"host {join.name} is in the pool already. Join as another: --name."))
+            return
+        if len(self.hosts) > MAX_HOSTS:
+            client.send(wire.Refused("busy", f"{MAX_HOSTS} hosts have joined already."))
+            return
+        host = self.hosts[join.name] = JoinedHost(join.name, client.writer, self.now())
+        log.info("host %s joined from %s with %d device(s)", host.name, _peer(client.writer), len(join.devices))
+        why = "its connection broke"
+        try:
+            host.send(wire.Joined())
+            self._carry_out(self.scheduler.host_joined(self.now(), self._devices_of(join)))
+            while True:
+                host.take(await _receive(reader, "from-host"))
+                host.heard = self.now()
+        except WireError as error:
+            why = f"it sent what it may not: {error}"[:1000]
+        except (OSError, EOFError):
+            if (silent_s := self.now() - host.heard) > self.settings.grace_s:
+                why = f"nothing was heard of it for {silent_s:.0f} s"
+        finally:
+            log.warning("host %s is lost: %s", host.name, why)
+            del self.hosts[host.name]
+            self._carry_out(self.scheduler.host_lost(self.now(), host.name))
+            host.lose(why)
+
+    def _devices_of(self, join: wire.Join) -> list[Device]:
+        return [
+            Device(
+                self._indices.setdefault((join.name, place), len(self._indices)),
+                device.name,
+                device.torch_name,
+                device.memory_bytes,
+                join.name,
+            )
+            for place, device in enumerate(join.devices)
+        ]
+
     def status(self) -> wire.Status:
         """Return the pool at this moment; leases newest first."""
         scheduler = self.scheduler
@@ -285,7 +338,9 @@ class Broker:
             __version__,
             self.torch,
             [
-                wire.DeviceStatus(device.index, device.name, device.memory_bytes, scheduler.free_bytes(device))
+                wire.DeviceStatus(
+                    device.index, device.name, device.memory_bytes, scheduler.free_bytes(device), device.host
+                )
                 for device in scheduler.devices
             ],
             [self._lease_status(known) for known in reversed(scheduler.leases.values())],
@@ -320,7 +375,9 @@ class Broker:
                     self._tell(known, wire.Waiting(known.id, known.reason))
                 case Start():
                     log.info("%s granted to %s: %s", known.id, known.owner, [device.index for device in known.devices])
-                    self._workers[known.id] = [Worker(device) for device in known.devices]
+                    self._workers[known.id] = [
+                        Worker(next(self._numbers), device, self.hosts[device.host]) for device in known.devices
+                    ]
                     task = asyncio.create_task(self._supervise(known))
                     self._tasks.add(task)
                     task.add_done_callback(self._tasks.discard)
@@ -347,88 +404,77 @@ class Broker:
         """Run a lease's workers until all have ended."""
         workers = self._workers[known.id]
         token = self._tokens[known.id] = secrets.token_urlsafe(32)
-        running = [asyncio.create_task(self._run_worker(known, worker, token)) for worker in workers]
+        peer_token = secrets.token_urlsafe(32) if len(workers) > 1 else ""
+        running = [asyncio.create_task(self._run_worker(known, worker, token, peer_token)) for worker in workers]
         try:
             for worker in workers:
                 await worker.ready.wait()
             if self.scheduler.workers_started(self.now(), known.id):
                 self._save()
+                if peer_token:
+                    self._introduce(workers)
                 self._grant(known, workers, token)
             await asyncio.wait(running)
         finally:
             del self._workers[known.id], self._tokens[known.id]
             self._carry_out(self.scheduler.workers_gone(self.now(), known.id))
 
+    def _introduce(self, workers: Sequence[Worker]) -> None:
+        """Tell the workers of a lease where the others are."""
+        for own, worker in enumerate(workers):
+            # A worker that bound to the broker's address is reached there; bound to all, from within by loopback.
+            here = worker.host.broker_address if isinstance(worker.host, JoinedHost) else _reached(self.settings.bind)
+            peers = [
+                wire.PeerAddress(other.host.address or here, other.report.peer_port)
+                for other in workers
+                if other.report is not None
+            ]
+            worker.host.introduce(wire.Introduce(worker.number, own, peers))
+
     def _grant(self, known: Lease, workers: Sequence[Worker], token: str) -> None:
         for client in self._clients.values():
             if client.lease is known:
                 # Bound to every address, we are reached by the client at the one that it chose.
-                host = client.writer.get_extra_info("sockname")[0]
+                here = client.writer.get_extra_info("sockname")[0]
                 addresses = [
                     wire.WorkerAddress(
-                        host, w.report.port, token, w.process.pid, w.device.name, known.bytes_on(w.device)
+                        worker.host.address or here,
+                        worker.report.port,
+                        token,
+                        worker.report.pid,
+                        worker.device.name,
+                        known.bytes_on(worker.device),
                     )
-                    for w in workers
-                    if w.report and w.process
+                    for worker in workers
+                    if worker.report is not None
                 ]
                 client.send(wire.Granted(known.id, addresses))
 
-    async def _run_worker(self, known: Lease, worker: Worker, token: str) -> None:
+    async def _run_worker(self, known: Lease, worker: Worker, token: str, peer_token: str) -> None:
         """Run one worker until it ends; its end is the lease's."""
-        why = "ended for an unknown reason"
-        try:
-            worker.process = process = await asyncio.create_subprocess_exec(
-                *self.worker_command,
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.PIPE,
-                env={name: value for name, value in os.environ.items() if name not in SECRETS},
-                start_new_session=True,  # a Ctrl-C in our terminal is for us to act on
-                limit=MAX_REPORT_BYTES,
-            )
-            errors = bytearray()
-            copying = asyncio.create_task(_copy_errors(process, errors))
-            fault = await self._follow(known, worker, process, token) if known.is_live else ""
-            worker.kill()
-            code = await process.wait()
-            await asyncio.wait([copying], timeout=1.0)
-            copying.cancel()
-            why = fault or _ending(code, errors)
-        except OSError as error:
-            why = f"could not be started: {error}"
-        finally:
-            pid = f" {worker.process.pid}" if worker.process else ""
-            self._end(known, "failed", f"worker{pid} of device {worker.device.index} {why}"[:1000])
+
+        def reported(report: wire.WorkerReport) -> None:
+            worker.report = report
+            self.scheduler.worked(self.now() - report.idle_s, known.id)
             worker.ready.set()
 
-    async def _follow(self, known: Lease, worker: Worker, process: asyncio.subprocess.Process, token: str) -> str:
-        """Give a worker its orders and take in its reports; returns what is wrong with it if it is still there."""
-        assert process.stdin is not None
-        assert process.stdout is not None
+        why = "ended for an unknown reason"
         device = worker.device
-        orders = Orders(
+        start = wire.StartWorker(
+            worker.number,
             known.id,
-            token,
-            self.settings.bind,
             device.torch_name,
             known.bytes_on(device),
-            parent=os.getpid(),
-            grace_s=self.settings.grace_s,
+            token,
+            peer_token,
+            self.settings.grace_s,
         )
-        process.stdin.write(msgspec.json.encode(orders) + b"\n")
-        limit_s = START_S
-        while True:
-            try:
-                line = await asyncio.wait_for(process.stdout.readline(), limit_s)
-                if not line:
-                    return ""
-                worker.report = msgspec.json.decode(line, type=Report)
-            except TimeoutError:
-                return f"gave no sign of life for {limit_s:g} s"
-            except (ValueError, OSError) as error:
-                return f"sent a report that cannot be read: {error}"
-            self.scheduler.worked(self.now() - worker.report.idle_s, known.id)
-            limit_s = SILENT_WORKER_S
+        try:
+            why = await worker.host.run_worker(start, reported) if known.is_live else "was not needed"
+        finally:
+            pid = f" {worker.report.pid}" if worker.report else ""
+            on = f" of host {device.host}" if worker.host.address else ""
+            self._end(known, "failed", f"worker{pid} of device {device.index}{on} {why}"[:1000])
             worker.ready.set()
 
 
@@ -438,21 +484,12 @@ async def _receive(reader: asyncio.StreamReader, direction: wire.Direction) -> w
     return wire.decode(await reader.readexactly(header_bytes), direction)
 
 
-async def _copy_errors(process: asyncio.subprocess.Process, tail: bytearray) -> None:
-    """Pass on what a worker writes to stderr, and keep the end of it."""
-    assert process.stderr is not None
-    while chunk := await process.stderr.read(4096):
-        tail += chunk
-        del tail[:-4096]
-        sys.stderr.write(chunk.decode(errors="replace"))
-
-
-def _ending(code: int, errors: bytearray) -> str:
-    if code < 0:
-        # SIGKILL that we did not send: a person, or the kernel when the host's memory runs out.
-        return f"was ended by {signal.Signals(-code).name}"
-    last = bytes(errors).decode(errors="replace").strip().splitlines()[-1:]
-    return f"ended with exit code {code}" + (f": {last[0][:500]}" if last else "")
+def _reached(bind: str) -> str:
+    """Return where what is bound to `bind` is reached from the same machine."""
+    with contextlib.suppress(ValueError):
+        if (address := ipaddress.ip_address(bind)).is_unspecified:
+            return "127.0.0.1" if address.version == 4 else "::1"
+    return bind
 
 
 def _peer(writer: asyncio.StreamWriter) -> str:

@@ -226,7 +226,7 @@ class Executor:
             (write,) = message.items
             tensor = self._tensors.get(write.handle) if isinstance(write, wire.Write) else None
             if isinstance(write, wire.Write) and isinstance(tensor, torch.Tensor):
-                target = _bytes_of(tensor)
+                target = bytes_of(tensor)
                 if write.offset + length <= target.numel():
                     return target.numpy().data[write.offset : write.offset + length]
         return torch.empty(length, dtype=torch.uint8).numpy().data
@@ -334,7 +334,7 @@ class Executor:
         self._keep(put.handle, typed(lambda: tensor.view(put.sizes).clone().to(self.device)))
 
     def _write(self, write: wire.Write, payload: memoryview) -> None:
-        target = _bytes_of(self._tensor(write.handle))
+        target = bytes_of(self._tensor(write.handle))
         if write.offset + len(payload) > target.numel():
             raise Failure("refused", f"{len(payload)} bytes at {write.offset} do not fit into {target.numel()}")
         part = target[write.offset : write.offset + len(payload)]
@@ -342,7 +342,7 @@ class Executor:
             part.copy_(torch.frombuffer(payload, dtype=torch.uint8))
 
     def _read(self, read: wire.Read) -> memoryview:
-        source = _bytes_of(self._tensor(read.handle))
+        source = bytes_of(self._tensor(read.handle))
         if read.offset + read.length > source.numel():
             raise Failure("refused", f"{read.length} bytes at {read.offset} are not within {source.numel()}")
         part = source[read.offset : read.offset + read.length]
@@ -424,7 +424,8 @@ def typed(action: Callable[[], Any]) -> Any:
         raise Failure(kind, text) from None  # type: ignore[arg-type]
 
 
-def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor's whole storage, as bytes."""
     storage = tensor.untyped_storage()
     return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage, 0, (storage.nbytes(),), (1,))
 

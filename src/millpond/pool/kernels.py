@@ -6,6 +6,7 @@ exist at the worker only once it gets there. Views never leave this process: the
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -164,13 +165,49 @@ def copy_(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
         return target
     there, here = device_of(target).type == DEVICE, device_of(source).type == DEVICE
     if there and here and device_of(target) != device_of(source):
-        return copy_(target, source.cpu())
+        return copy_(target, _across(source, device_of(target)))
     if there and here:
         return call(_COPY, (target, source), {})  # type: ignore[no-any-return]
     if there:
         return _upload(target, source)
     target.copy_(_download(source))
     return target
+
+
+def _across(source: Tensor, device: torch.device) -> Tensor:
+    """Return a copy on another device of the lease; the bytes go from worker to worker."""
+    if source.numel() == 0:
+        return torch.empty_like(source, device=device)
+    remote = remote_of(source)
+    if remote is None or not _is_all(source, remote):
+        source = call(_CLONE, (source,), {})
+        remote = remote_of(source)
+    assert remote is not None
+    session: Session = remote.session
+    other = open_session(device.index)
+    dtype, sizes, strides, _ = remote.geometry
+    name, ticket = codec.DTYPE_NAMES[dtype], secrets.token_bytes(16)
+    what = f"the copy of {name}{list(sizes)} from {cuda.name(session.index)} to {cuda.name(other.index)}"
+    with session.lock:
+        session.raise_failure()
+        session.issue(wire.Send(remote.handle, other.index, ticket), what)
+        session.flush()
+    with other.lock:
+        other.raise_failure()
+        handle = other.new_handles(1)
+        copy = Mold(dtype, sizes, strides, other.index).cast(other, handle)
+        other.issue(wire.Receive(handle, session.index, ticket, wire.Geometry(name, tuple(sizes), strides)), what)
+    return copy
+
+
+def _is_all(tensor: Tensor, remote: Remote) -> bool:
+    """Whether a tensor is its storage as it was made, with no gaps."""
+    return (
+        (tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()) == remote.geometry
+        and tensor.numel() * tensor.itemsize == tensor.untyped_storage().nbytes()
+        and not tensor.is_conj()
+        and not tensor.is_neg()
+    )
 
 
 def _upload(target: Tensor, source: Tensor) -> Tensor:
@@ -263,9 +300,11 @@ def resize(tensor: Tensor, sizes: Any, memory_format: Any = None) -> Tensor:
 def to_copy(tensor: Tensor, **options: Any) -> Tensor:
     """Copy to another device or dtype. Always blocking: PyTorch's own would read into pinned memory otherwise."""
     device = options.get("device") or device_of(tensor)
+    kept = {name: options[name] for name in ("dtype", "memory_format") if options.get(name) is not None}
     if device == device_of(tensor):
-        kept = {name: options[name] for name in ("dtype", "memory_format") if options.get(name) is not None}
         return call(_TO_COPY, (tensor,), kept)  # type: ignore[no-any-return]
+    if device.type == device_of(tensor).type == DEVICE:
+        return _across(call(_TO_COPY, (tensor,), kept) if kept else tensor, device)
     memory_format = options.get("memory_format") or torch.preserve_format
     target = torch.empty_like(tensor, dtype=options.get("dtype"), device=device, memory_format=memory_format)
     return copy_(target, tensor)

@@ -36,6 +36,8 @@ class Device:
     name: str
     torch_name: str
     memory_bytes: int
+    host: str = ""
+    """Name of the machine that it is in."""
 
 
 @dataclass(kw_only=True)
@@ -107,6 +109,16 @@ class Scheduler:
     leases: dict[str, Lease] = field(default_factory=dict)
     _holders: dict[str, Lease] = field(default_factory=dict)
     """Leases whose devices are taken: live ones, and ended ones whose workers are not gone yet."""
+
+    def host_joined(self, now: float, devices: Sequence[Device]) -> list[Decision]:
+        """Lend the devices of one more host too."""
+        self.devices = sorted([*self.devices, *devices], key=lambda device: device.index)
+        return self._place(now)
+
+    def host_lost(self, now: float, host: str) -> list[Decision]:
+        """Lend a host's devices no more; the leases on them end when their workers do (`end`)."""
+        self.devices = [device for device in self.devices if device.host != host]
+        return self._place(now)
 
     def request(
         self, now: float, lease_id: str, owner: str, count: int = 1, part_bytes: int = 0, wait_s: float = 0.0
@@ -226,20 +238,27 @@ class Scheduler:
         return decisions
 
     def _choose(self, lease: Lease) -> tuple[Device, ...]:
-        """Return devices for a lease, the fullest that fit first so that empty ones stay whole; () if too few do."""
+        """Return devices for a lease, of one host if possible; () if too few fit.
+
+        The fullest that fit come first, so that empty ones stay whole.
+        """
         fitting = [
             device
             for device in self.devices
             if self.free_bytes(device) >= lease.bytes_on(device) and len(self._on(device)) < MAX_PARTS
         ]
         fitting.sort(key=lambda device: (self.free_bytes(device), device.index))
-        chosen = fitting[: lease.count]
+        of_host: dict[str, list[Device]] = {}
+        for device in fitting:
+            of_host.setdefault(device.host, []).append(device)
+        together = next((devices for devices in of_host.values() if len(devices) >= lease.count), fitting)
+        chosen = together[: lease.count]
         return tuple(sorted(chosen, key=lambda device: device.index)) if len(chosen) == lease.count else ()
 
     def _obstacle(self) -> str:
         holders = {device.index: [lease.owner for lease in self._on(device)] for device in self.devices}
         held = [f"device {index} by {', '.join(owners)}" for index, owners in holders.items() if owners]
-        return f"held: {'; '.join(held)}"[:1000]
+        return f"held: {'; '.join(held)}"[:1000] if held else "a host has left the pool, and too few devices remain"
 
     def _give_up(self, now: float, lease: Lease) -> list[Decision]:
         return self.end(now, lease.id, "expired", f"no device was free within {lease.wait_s:g} s ({lease.reason})")

@@ -1,8 +1,8 @@
 """The wire: closed, typed messages, their limits, and the frame they travel in. Pure: bytes in, messages out.
 
 A frame is `!IQ` (length of the header, length of the payload), the header (one message, MessagePack), and the
-payload (raw tensor bytes; only `Batch` with a `Write`, and `Data`, have one). Whatever does not decode to one of
-these messages raises `WireError`; a receiver then drops the connection. Never pickle, never code, never an import.
+payload (raw tensor bytes; only `Batch` with a `Write`, `Data` and `Deliver` have one). Whatever does not decode to
+one of these messages raises `WireError`; a receiver then drops the connection. Never pickle, code or an import.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ MAX_GRAPHS = 1024
 """Captured graphs of a session; a client that defines one under an old number replaces it."""
 MAX_GRAPH_STEPS = 65_536
 """Steps of one captured graph."""
+MAX_HOST_DEVICES = 16
+"""Devices that one host offers."""
 MAX_INLINE_BYTES = 16 * 1024
 """Largest tensor that travels inside a batch instead of as a payload."""
 MAX_TEXT = 4096
@@ -49,6 +51,8 @@ Size = Annotated[int, Meta(ge=0, le=2**62)]
 Seconds = Annotated[float, Meta(ge=0, le=1e7)]
 Nonce = Annotated[bytes, Meta(min_length=16, max_length=64)]
 Shape = Annotated[tuple[Size, ...], Meta(max_length=MAX_DIMS)]
+Ticket = Annotated[bytes, Meta(min_length=16, max_length=16)]
+"""Joins the two ends of a copy between devices; random, so that only its own client knows it."""
 Handles = Annotated[list[Handle], Meta(max_length=MAX_ITEMS)]
 
 # --- greeting: both with the broker and with a worker --------------------------------------------------------------
@@ -305,6 +309,23 @@ class Synchronize(msgspec.Struct, frozen=True, tag="synchronize", array_like=Tru
     """Answer `Done` when everything before has run."""
 
 
+class Send(msgspec.Struct, frozen=True, tag="send", array_like=True):
+    """Send a tensor's storage to the worker of the lease's `peer`-th device, under a ticket."""
+
+    handle: Handle
+    peer: Count
+    ticket: Ticket
+
+
+class Receive(msgspec.Struct, frozen=True, tag="receive", array_like=True):
+    """Make a tensor of what the lease's `peer`-th worker sends under a ticket; wait for it."""
+
+    handle: Handle
+    peer: Count
+    ticket: Ticket
+    geometry: Geometry
+
+
 Item = (
     Define
     | Call
@@ -320,6 +341,8 @@ Item = (
     | GetRandomState
     | GetUsage
     | Synchronize
+    | Send
+    | Receive
 )
 
 
@@ -369,6 +392,25 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     kind: ErrorKind
     message: Annotated[str, Meta(max_length=16_384)]
     answer: bool = False
+
+
+# --- worker → worker of the same lease -----------------------------------------------------------------------------
+
+
+class Deliver(msgspec.Struct, frozen=True, tag="deliver"):
+    """A part, from `offset`, of the `total` bytes under a ticket: this frame's payload. The parts come in order."""
+
+    ticket: Ticket
+    total: Size
+    offset: Size
+
+
+class Withhold(msgspec.Struct, frozen=True, tag="withhold"):
+    """What was to come under a ticket does not, and why."""
+
+    ticket: Ticket
+    kind: ErrorKind
+    message: Text
 
 
 # --- client ↔ broker -----------------------------------------------------------------------------------------------
@@ -442,6 +484,7 @@ class DeviceStatus(msgspec.Struct, frozen=True):
     name: Name
     memory_bytes: Size
     free_bytes: Size
+    host: Name = ""
 
 
 class LeaseStatus(msgspec.Struct, frozen=True):
@@ -467,11 +510,87 @@ class Status(msgspec.Struct, frozen=True, tag="status"):
     leases: Annotated[list[LeaseStatus], Meta(max_length=4096)]
 
 
+# --- host ↔ broker -------------------------------------------------------------------------------------------------
+
+
+class HostDevice(msgspec.Struct, frozen=True):
+    """A device that a host offers; `torch_name` is what its worker calls it (`cuda:0`)."""
+
+    name: Name
+    torch_name: Name
+    memory_bytes: Size
+
+
+class Join(msgspec.Struct, frozen=True, tag="join"):
+    """Host → broker: here are devices to lend. From here on the connection is a host's."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=64)]
+    devices: Annotated[list[HostDevice], Meta(min_length=1, max_length=MAX_HOST_DEVICES)]
+
+
+class Joined(msgspec.Struct, frozen=True, tag="joined"):
+    """Broker → host: its devices are in the pool."""
+
+
+class StartWorker(msgspec.Struct, frozen=True, tag="start-worker"):
+    """Broker → host: start a worker on a device; `worker` is what both call it. Answered by reports, and its end."""
+
+    worker: Count
+    lease: Name
+    device: Name
+    memory_bytes: Size
+    token: Name
+    peer_token: Name
+    grace_s: Seconds
+
+
+class EndWorker(msgspec.Struct, frozen=True, tag="end-worker"):
+    """Broker → host: end a worker."""
+
+    worker: Count
+
+
+class PeerAddress(msgspec.Struct, frozen=True):
+    """Where a worker takes in what the others of its lease send."""
+
+    host: Name
+    port: Annotated[int, Meta(ge=1, le=65_535)]
+
+
+class Introduce(msgspec.Struct, frozen=True, tag="introduce"):
+    """Broker → host: tell a worker who the workers of its lease are, and which of them it is itself."""
+
+    worker: Count
+    own: Count
+    peers: Annotated[list[PeerAddress], Meta(max_length=1024)]
+
+
+class WorkerReport(msgspec.Struct, frozen=True, tag="worker-report"):
+    """Host → broker: how a worker is; the first says that it listens, and where."""
+
+    worker: Count
+    pid: Count
+    port: Annotated[int, Meta(ge=1, le=65_535)]
+    peer_port: Annotated[int, Meta(ge=0, le=65_535)]
+    used_bytes: Size
+    idle_s: Annotated[float, Meta(ge=0)]
+
+
+class WorkerEnded(msgspec.Struct, frozen=True, tag="worker-ended"):
+    """Host → broker: a worker has ended, and why."""
+
+    worker: Count
+    why: Text
+
+
 Greeting = Challenge | Hello | Welcome | Refused
 ToWorker = Attach | Batch | Received | EndSession
 FromWorker = Attached | Data | Results | Usage | Done | Failed | Received | Refused
-ToBroker = Acquire | Reattach | Heartbeat | Release | GetStatus
+ToBroker = Acquire | Reattach | Heartbeat | Release | GetStatus | Join
+ToPeer = Deliver | Withhold
 FromBroker = Waiting | Granted | Heartbeat | LeaseEnded | Status | Refused
+ToHost = Joined | Heartbeat | StartWorker | EndWorker | Introduce | Refused
+FromHost = Heartbeat | WorkerReport | WorkerEnded
 
 PREFIX = struct.Struct("!IQ")
 """Lengths of header and payload."""
@@ -481,11 +600,16 @@ _decoders = {
     "greeting": msgspec.msgpack.Decoder(Greeting),
     "to-worker": msgspec.msgpack.Decoder(ToWorker),
     "from-worker": msgspec.msgpack.Decoder(FromWorker),
+    "to-peer": msgspec.msgpack.Decoder(ToPeer),
     "to-broker": msgspec.msgpack.Decoder(ToBroker),
     "from-broker": msgspec.msgpack.Decoder(FromBroker),
+    "to-host": msgspec.msgpack.Decoder(ToHost),
+    "from-host": msgspec.msgpack.Decoder(FromHost),
 }
-Direction = Literal["greeting", "to-worker", "from-worker", "to-broker", "from-broker"]
-Message = Greeting | ToWorker | FromWorker | ToBroker | FromBroker
+Direction = Literal[
+    "greeting", "to-worker", "from-worker", "to-peer", "to-broker", "from-broker", "to-host", "from-host"
+]
+Message = Greeting | ToWorker | FromWorker | ToPeer | ToBroker | FromBroker | ToHost | FromHost
 
 
 def encode(message: Message, payload_bytes: int = 0) -> bytes:

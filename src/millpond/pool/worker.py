@@ -1,7 +1,8 @@
 """A lease's worker process: `python -m millpond.pool.worker`, started by the broker.
 
-It reads its orders (one JSON line, secrets included) from stdin, listens on a port of its own, runs sessions, and
-reports on stdout: first where it listens, then every second how it is. It ends with its broker, whatever happens.
+It reads its orders (one JSON line, secrets included) from stdin, and later in another who its peers are; it listens on
+a port of its own, runs sessions, and reports on stdout: first where it listens, then every second how it is. It ends
+with its broker (or its host's agent), whatever happens.
 """
 
 from __future__ import annotations
@@ -44,6 +45,15 @@ class Orders(msgspec.Struct, frozen=True):
     memory_bytes: int
     parent: int
     grace_s: float = 0.0
+    peer_token: str = ""
+    """Secret of the lease's workers among themselves; empty: this is the only one."""
+
+
+class Introduction(msgspec.Struct, frozen=True):
+    """What the broker tells each worker of a lease once all are ready: the workers, in the order of their devices."""
+
+    own: int
+    peers: list[wire.PeerAddress]
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -54,6 +64,7 @@ class Report(msgspec.Struct, frozen=True):
     used_bytes: int = 0
     sessions: int = 0
     idle_s: float = 0.0
+    peer_port: int = 0
 
 
 class Worker:
@@ -63,6 +74,7 @@ class Worker:
         import torch
 
         from millpond.pool.executor import Memory
+        from millpond.pool.peers import Peers
 
         self.orders = orders
         self.torch_version = str(torch.__version__)
@@ -82,15 +94,21 @@ class Worker:
             threads = MAX_SESSIONS + MAX_GREETING + 2 * (os.cpu_count() or 1)
             _limit_data(orders.memory_bytes + WORKSPACE_BYTES + threads * STACK_BYTES)
         self.listener = transport.listen(orders.bind, 0)
+        self.peers = (
+            Peers(orders.peer_token, orders.bind, self.memory, self.torch_version) if orders.peer_token else None
+        )
 
     def report(self) -> Report:
         """Return how this worker is."""
+        if self.peers is not None:
+            self.peers.expire()
         return Report(
             self.listener.getsockname()[1],
             self.torch_version,
             self.memory.used_bytes,
             len(self._sessions),
             0.0 if self._working else time.monotonic() - self.last_work,
+            self.peers.port if self.peers is not None else 0,
         )
 
     def serve(self) -> None:
@@ -167,9 +185,9 @@ class Worker:
     def _run(self, link: Link) -> None:
         import torch
 
-        from millpond.pool.graphs import GraphExecutor
+        from millpond.pool.peers import PeerExecutor
 
-        executor = GraphExecutor(self.device, self.memory)
+        executor = PeerExecutor(self.device, self.memory, self.peers)
         try:
             with torch.inference_mode():
                 while True:
@@ -203,7 +221,9 @@ def main() -> None:
     worker = Worker(orders)
     _send_report(reports, worker)
     threading.Thread(target=_keep_reporting, args=(reports, worker), name="reports", daemon=True).start()
-    threading.Thread(target=_end_with_stdin, name="stdin", daemon=True).start()
+    threading.Thread(target=_follow_stdin, args=(worker,), name="stdin", daemon=True).start()
+    if worker.peers is not None:
+        threading.Thread(target=worker.peers.serve, name="peers", daemon=True).start()
     worker.serve()
 
 
@@ -220,8 +240,12 @@ def _keep_reporting(reports: BinaryIO, worker: Worker) -> None:
             os._exit(0)
 
 
-def _end_with_stdin() -> None:
-    sys.stdin.buffer.read()
+def _follow_stdin(worker: Worker) -> None:
+    """Take in what the broker says after the orders: who the lease's other workers are; end when it has ended."""
+    with contextlib.suppress(ValueError):  # the broker's word is no peer's: what cannot be read ends this worker
+        for line in sys.stdin.buffer:
+            if worker.peers is not None:
+                worker.peers.introduce(msgspec.json.decode(line, type=Introduction))
     os._exit(0)
 
 

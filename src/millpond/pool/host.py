@@ -1,0 +1,167 @@
+"""A host's worker processes: started, followed, ended. The same beside the broker and on a host that has joined it.
+
+A worker is given its orders by stdin and reports by stdout; it hangs on this process, whatever ends it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import msgspec
+
+from millpond.pool import wire
+from millpond.pool.attach import LEASE, WORKERS
+from millpond.pool.worker import Introduction, Orders, Report
+
+START_S = 120.0
+"""How long a worker may take to start: it loads torch, and makes a context on its device."""
+SILENT_WORKER_S = 60.0
+"""A worker reports every second; one that has not for so long is taken for dead."""
+MAX_REPORT_BYTES = 4096
+WORKER_COMMAND = (sys.executable, "-m", "millpond.pool.worker")
+SECRETS = ("MILLPOND_POOL_TOKEN", "MILLPOND_POOL_TOKEN_FILE", LEASE, WORKERS)
+"""What a worker must not inherit."""
+
+OnReport = Callable[[wire.WorkerReport], None]
+
+
+class Host(Protocol):
+    """A machine that runs workers, as the broker knows it: its own, or one that has joined."""
+
+    name: str
+    address: str
+    """Where its workers are reached; empty: where the broker is."""
+
+    async def run_worker(self, start: wire.StartWorker, on_report: OnReport) -> str:
+        """Run a worker to its end; return why it ended, as said of it ("was ended by SIGKILL")."""
+        ...
+
+    def introduce(self, introduce: wire.Introduce) -> None:
+        """Tell a worker who its peers are."""
+        ...
+
+    def end_worker(self, number: int) -> None:
+        """Have a worker end at once."""
+        ...
+
+
+class _Running:
+    """A worker process."""
+
+    def __init__(self) -> None:
+        self.process: asyncio.subprocess.Process | None = None
+        self.unwanted = False
+
+    def kill(self) -> None:
+        """End the process, and what it has started; or see to it that it ends as soon as it is there."""
+        self.unwanted = True
+        if self.process is not None and self.process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+
+
+class OwnHost:
+    """The machine that we are on. `command` starts a worker, which listens on `bind`."""
+
+    address = ""
+
+    def __init__(self, name: str, bind: str, command: Sequence[str] = WORKER_COMMAND) -> None:
+        self.name = name
+        self.bind = bind
+        self._command = command
+        self._running: dict[int, _Running] = {}
+
+    async def run_worker(self, start: wire.StartWorker, on_report: OnReport) -> str:
+        """Run a worker to its end; return why it ended."""
+        running = self._running[start.worker] = _Running()
+        try:
+            running.process = process = await asyncio.create_subprocess_exec(
+                *self._command,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.PIPE,
+                env={name: value for name, value in os.environ.items() if name not in SECRETS},
+                start_new_session=True,  # a Ctrl-C in our terminal is for us to act on
+                limit=MAX_REPORT_BYTES,
+            )
+            errors = bytearray()
+            copying = asyncio.create_task(_copy_errors(process, errors))
+            fault = "" if running.unwanted else await self._follow(start, process, on_report)
+            running.kill()
+            code = await process.wait()
+            await asyncio.wait([copying], timeout=1.0)
+            copying.cancel()
+            return fault or _ending(code, errors)
+        except OSError as error:
+            return f"could not be started: {error}"
+        finally:
+            running.kill()
+            del self._running[start.worker]
+
+    def introduce(self, introduce: wire.Introduce) -> None:
+        """Tell a worker who its peers are."""
+        running = self._running.get(introduce.worker)
+        if running is not None and running.process is not None and running.process.stdin is not None:
+            introduction = Introduction(introduce.own, introduce.peers)
+            running.process.stdin.write(msgspec.json.encode(introduction) + b"\n")
+
+    def end_worker(self, number: int) -> None:
+        """Have a worker end at once."""
+        if number in self._running:
+            self._running[number].kill()
+
+    async def _follow(self, start: wire.StartWorker, process: asyncio.subprocess.Process, on_report: OnReport) -> str:
+        """Give a worker its orders and take in its reports; returns what is wrong with it if it is still there."""
+        assert process.stdin is not None
+        assert process.stdout is not None
+        orders = Orders(
+            start.lease,
+            start.token,
+            self.bind,
+            start.device,
+            start.memory_bytes,
+            os.getpid(),
+            start.grace_s,
+            start.peer_token,
+        )
+        process.stdin.write(msgspec.json.encode(orders) + b"\n")
+        limit_s = START_S
+        while True:
+            try:
+                line = await asyncio.wait_for(process.stdout.readline(), limit_s)
+                if not line:
+                    return ""
+                report = msgspec.json.decode(line, type=Report)
+            except TimeoutError:
+                return f"gave no sign of life for {limit_s:g} s"
+            except (ValueError, OSError) as error:
+                return f"sent a report that cannot be read: {error}"
+            on_report(
+                wire.WorkerReport(
+                    start.worker, process.pid, report.port, report.peer_port, report.used_bytes, report.idle_s
+                )
+            )
+            limit_s = SILENT_WORKER_S
+
+
+async def _copy_errors(process: asyncio.subprocess.Process, tail: bytearray) -> None:
+    """Pass on what a worker writes to stderr, and keep the end of it."""
+    assert process.stderr is not None
+    while chunk := await process.stderr.read(4096):
+        tail += chunk
+        del tail[:-4096]
+        sys.stderr.write(chunk.decode(errors="replace"))
+
+
+def _ending(code: int, errors: bytearray) -> str:
+    if code < 0:
+        # SIGKILL that we did not send: a person, or the kernel when the host's memory runs out.
+        return f"was ended by {signal.Signals(-code).name}"
+    last = bytes(errors).decode(errors="replace").strip().splitlines()[-1:]
+    return f"ended with exit code {code}" + (f": {last[0][:500]}" if last else "")
