@@ -277,6 +277,18 @@ def test_out_of_memory_is_pytorchs_error_and_the_program_can_go_on():
 
 
 @on_device
+def test_what_a_program_let_go_of_is_free_for_its_next_op():
+    torch.pool.synchronize()
+    before = torch.pool.memory_allocated()
+    torch.pool.reset_peak_memory_stats()
+    x = torch.ones(2**24, device="pool")  # 64 MiB; twenty of them do not fit
+    for _ in range(20):
+        x = x * 1.0
+    assert x[-1].item() == 1
+    assert torch.pool.max_memory_allocated() - before <= 3 * 64 * 2**20
+
+
+@on_device
 def test_memory_is_given_back_when_the_last_view_goes():
     torch.pool.synchronize()
     before = torch.pool.memory_allocated()

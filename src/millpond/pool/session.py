@@ -71,6 +71,8 @@ class Session:
         """A watch on every handle that something looks at."""
         self.frees: deque[tensors.Freed] = deque()
         """The watches of handles that nothing looks at any more; sent with the next batch."""
+        self.large_frees: deque[tensors.Freed] = deque()
+        """Likewise of large tensors; sent before the next op, which may need their memory."""
         self.plans: dict[Any, Any] = {}
         self.handle = 1
         """The next handle to give."""
@@ -93,6 +95,8 @@ class Session:
 
     def issue(self, item: wire.Item, what: Any = "") -> None:
         """Send an item soon. `what` describes it in an error (its `str`). The caller holds `lock`."""
+        if self.large_frees and not isinstance(item, wire.Write):  # which travels alone
+            self._free()
         self._append(item, what)
         if len(self._items) >= FLUSH_ITEMS:
             self.flush()
@@ -223,12 +227,12 @@ class Session:
 
     def _free(self) -> None:
         """Issue what nothing looks at any more as free."""
-        frees = self.frees
-        while frees:
-            handles = [frees.popleft().handle for _ in range(min(len(frees), wire.MAX_ITEMS))]
-            for handle in handles:
-                self.watched.pop(handle, None)
-            self._items.append(wire.Free(handles))
+        for frees in (self.large_frees, self.frees):
+            while frees:
+                handles = [frees.popleft().handle for _ in range(min(len(frees), wire.MAX_ITEMS))]
+                for handle in handles:
+                    self.watched.pop(handle, None)
+                self._items.append(wire.Free(handles))
 
     def _append(self, item: wire.Item, what: Any) -> None:
         if self.recorder is not None:
@@ -299,6 +303,7 @@ class Session:
         self._items.clear()
         self.watched.clear()
         self.frees.clear()
+        self.large_frees.clear()
         self.link.close()
 
     def _flush_by_time(self) -> None:

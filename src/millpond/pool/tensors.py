@@ -18,6 +18,8 @@ import torch
 DEVICE = "pool"
 """The name of the device type."""
 
+LARGE_BYTES = 1 << 20
+"""A tensor of so many bytes is freed at the worker before the next op; smaller ones go together with the next batch."""
 _EXTENSION_DEVICE = 12
 """kDLExtDev: what DLPack calls the device that PyTorch calls PrivateUse1."""
 _ALIGNMENT = 512
@@ -41,6 +43,7 @@ class Owner(Protocol):
 
     index: int
     frees: deque[Any]
+    large_frees: deque[Any]
     watched: dict[int, Freed]
     address: int
 
@@ -61,12 +64,13 @@ class Remote:
 
     __slots__ = ("__weakref__", "geometry", "handle", "session")
 
-    def __init__(self, session: Any, handle: int, geometry: Geometry) -> None:
+    def __init__(self, session: Any, handle: int, geometry: Geometry, nbytes: int) -> None:
         self.session = session
         self.handle = handle
         self.geometry = geometry
         """Of the tensor that the storage was made for."""
-        watch = session.watched[handle] = Freed(self, session.frees.append)
+        frees = session.large_frees if nbytes >= LARGE_BYTES else session.frees
+        watch = session.watched[handle] = Freed(self, frees.append)
         watch.handle = handle
 
 
@@ -144,7 +148,7 @@ class Mold:
             managed.data = address
             copy = _memcpy(_malloc(_SIZE), self._address, _SIZE)
             tensor = _from_dlpack(_capsule(copy, b"dltensor", None))
-        tensor.untyped_storage().remote = Remote(session, handle, self.geometry)  # type: ignore[attr-defined]
+        tensor.untyped_storage().remote = Remote(session, handle, self.geometry, self.nbytes)  # type: ignore[attr-defined]
         return tensor
 
     def _cast_odd(self, address: int) -> torch.Tensor:
