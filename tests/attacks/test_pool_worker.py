@@ -17,9 +17,12 @@ import pytest
 from millpond.pool import handshake, wire
 from millpond.pool.errors import AuthenticationError, ConnectionLost, PoolError, VersionMismatch, WireError
 from millpond.pool.transport import Connection
+from millpond.pool.worker import MAX_SESSIONS
 from pool_site import wait_for
 from worker_site import GIB, TOKEN, WorkerProcess
 
+ONE = wire.Operand(0)
+FACTORY = {"dtype": wire.Symbol("dtype", "uint8"), "device": wire.Symbol("device")}
 FLAT_BYTES = 48 * 2**20
 """An attack may make the worker larger by no more than this (threads' stacks and allocators' arenas are kept)."""
 
@@ -179,7 +182,10 @@ def test_a_thousand_half_open_connections_keep_no_one_out(worker):
         "aten::from_file", "aten::_print", "aten::record_stream", "aten::set_.source_Tensor", "aten::resize_",
         "aten::_assert_async", "aten::fbgemm_linear_int8_weight", "aten::_efficientzerotensor", "aten::set_data",
         "os::system", "aten::", "aten::add.__class__", "aten::__class__", "aten::add.Tensor.__init__", "prims::add",
-        "profiler::_record_function_enter", "c10d::barrier", "quantized::linear_prepack", "x" * 128, "",
+        "aten::_reshape_alias", "aten::as_strided", "aten::t_", "aten::_lazy_clone", "aten::reshape", "aten::gru.input",
+        "aten::quantize_per_tensor", "aten::sparse_coo_tensor.indices", "aten::_copy_from", "aten::cudnn_convolution",
+        "aten::_foreach_add.List_out", "profiler::_record_function_enter",
+        "c10d::barrier", "quantized::linear_prepack", "x" * 128, "",
     ],
 )  # fmt: skip
 def test_an_op_that_is_not_on_the_list_is_refused(worker, op):
@@ -194,7 +200,8 @@ def test_a_handle_of_another_session_is_no_handle(worker, unharmed):
     with worker.connect() as connection:
         with pytest.raises(LookupError, match="handle 7 is no tensor of this session"):
             read(connection, 7)
-        batch(connection, wire.Free([7]), wire.Write(7, 0), payload=b"overwritten")
+        batch(connection, wire.Free([7]))
+        batch(connection, wire.Write(7, 0), payload=b"overwritten")
         assert failure(connection).kind == "refused"
     assert read(unharmed, 7) == bytes(range(8))
 
@@ -232,6 +239,7 @@ def test_sizes_that_overflow_end_the_session(worker):
         (wire.Call(9, [], 1), "never defined"),
         (wire.Put(1, "uint8", (9,), b"x"), "1 bytes for a tensor"),
         (wire.Put(1, "no such dtype", (1,), b"x"), "is no dtype"),
+        (wire.Put(1, "quint4x2", (2, 2), b"xxxx"), "is no dtype"),  # without a quantizer, PyTorch crashes
         (wire.Put(1, "uint8", (2**62, 2**62), b""), "no tensor's"),
         (wire.Define(0, "aten::clone", [wire.Symbol("layout", "__class__")], {}, []), "is no layout"),
         (wire.Define(0, "aten::clone", [], {}, [wire.Geometry("uint8", (8,), ())]), "no tensor's"),
@@ -262,6 +270,51 @@ def test_a_malformed_message_ends_the_session(worker, header):
     connection = worker.connect()
     connection.socket.sendall(wire.PREFIX.pack(len(header), 0) + header)
     assert "not a to-worker message" in ending(connection)
+
+
+def test_a_payload_without_its_write_ends_the_session(worker):
+    for items in ([], [wire.Synchronize()], [wire.Write(1, 0), wire.Write(1, 0)]):
+        connection = worker.connect()
+        batch(connection, *items, payload=b"12345678")
+        assert "travels alone" in ending(connection)
+
+
+def test_half_a_payload_of_many_clients_takes_no_memory_from_others(worker, unharmed):
+    """Each holds a thread and a session of the lease, of which there are `MAX_SESSIONS`, until it hangs up."""
+    with contextlib.ExitStack() as stack:
+        frame = wire.encode(wire.Batch([wire.Write(1, 0)]), wire.MAX_PAYLOAD_BYTES)
+        for _ in range(MAX_SESSIONS - 2):
+            stack.enter_context(worker.connect()).socket.sendall(frame + b"half")
+        big = wire.Define(0, "aten::ones", [[2**29]], FACTORY, [wire.Geometry("uint8", (2**29,), (1,))])
+        batch(unharmed, big, wire.Call(0, [], 1))
+        assert read(unharmed, 1) == bytes([1] * 8)
+        batch(unharmed, wire.Free([1]))
+        with stack.enter_context(worker.connect()) as last, worker.connect() as one_too_many:
+            assert read_put(last) == bytes(range(8))
+            message, _ = one_too_many.receive(10)
+            assert isinstance(message, wire.Refused)
+            assert "sessions already" in message.message
+    wait_for(lambda: worker.next_report().sessions == 1)
+
+
+def read_put(connection: Connection) -> bytes:
+    put(connection, 1)
+    return read(connection, 1)
+
+
+def test_answers_that_nobody_reads_take_no_memory(worker, unharmed):
+    process = psutil.Process(worker.process.pid)
+    with worker.connect() as connection:
+        define = wire.Define(0, "aten::ones", [[2**26]], FACTORY, [wire.Geometry("uint8", (2**26,), (1,))])
+        batch(connection, define, wire.Call(0, [], 1))
+        batch(connection, wire.Synchronize())
+        connection.receive(20)
+        before = process.memory_info().rss
+        batch(connection, *[wire.Read(1, 0, 2**26)] * 1000)
+        for _ in range(20):
+            assert read(unharmed, 7) == bytes(range(8))
+        assert process.memory_info().rss - before < FLAT_BYTES
+    wait_for(lambda: worker.next_report().sessions == 1)
 
 
 def test_a_call_with_too_few_operands_ends_the_session(worker):
@@ -347,10 +400,55 @@ def test_outputs_that_grow_are_counted(worker):
         assert usage.peak_bytes <= usage.limit_bytes + size
 
 
-def test_a_state_of_the_generator_that_is_none_is_refused(worker):
+@pytest.mark.parametrize(
+    "item", [wire.SetRandomState(b"short"), wire.SetRandomState(b""), wire.Seed(wire.BigInt("9" * 20))]
+)
+def test_a_seed_or_a_state_of_the_generator_that_is_none_is_refused(worker, item):
     with worker.connect() as connection:
-        batch(connection, wire.SetRandomState(b"short"))
+        batch(connection, item)
         assert failure(connection).kind in ("runtime", "type", "value")
+
+
+@pytest.mark.parametrize(
+    ("define", "why"),
+    [
+        # PyTorch looks a number up in its own table of dtypes, unchecked.
+        (wire.Define(0, "aten::ones", [[8]], {"dtype": -1}, []), "takes a dtype as dtype"),
+        (wire.Define(0, "aten::ones", [[8]], {"dtype": wire.Slot(0)}, []), "takes a dtype as dtype"),
+        (wire.Define(0, "aten::ones", [[8]], {"layout": 77}, []), "takes a layout as layout"),
+        (wire.Define(0, "aten::sum.dim_IntList", [ONE, [0], False], {"dtype": 2**62}, []), "takes a dtype as dtype"),
+        # What is not of the device, nothing would limit on a GPU's host.
+        (wire.Define(0, "aten::ones", [[8]], {**FACTORY, "pin_memory": True}, []), "pinned memory"),
+        (wire.Define(0, "aten::expand_copy", [wire.Slot(0, "uint8"), [2**40]], {}, []), "without an operand"),
+        # Kernels that trust their arguments.
+        (wire.Define(0, "aten::reflection_pad1d_backward", [ONE, ONE, []], {}, []), "two paddings"),
+        (wire.Define(0, "aten::fractional_max_pool2d_backward", [ONE, ONE, [1], [], ONE], {}, []), "for each pooled"),
+        (wire.Define(0, "aten::_fft_c2c", [ONE, [0, 2**31], 0, True], {}, []), "distinct dimensions"),
+        (wire.Define(0, "aten::_log_softmax_backward_data", [ONE, wire.Operand(0, wire.View("uint8", (4,), (1,), 0)), 0,
+                     wire.Symbol("dtype", "float32")], {}, []), "for each number"),
+        (wire.Define(0, "aten::_fused_sgd_", [[ONE], [], []], {}, []), "of the same length"),
+        (wire.Define(0, "aten::_fused_sgd_", [[ONE], [wire.Operand(0, wire.View("uint8", (4,), (1,), 0))], []], {}, []),
+         "of the same shapes"),
+        (wire.Define(0, "aten::_fused_adamw_", [[ONE], [ONE], [ONE], [ONE], [], []], {}, []), "one step number"),
+    ],
+)  # fmt: skip
+def test_arguments_that_a_kernel_would_crash_on_are_refused(worker, define, why):
+    with worker.connect() as connection:
+        put(connection, 1)
+        batch(connection, define, wire.Call(0, [1], 2, [1]))
+        failed = failure(connection)
+        assert failed.kind in ("refused", "value")
+        assert why in failed.message
+
+
+def test_an_output_that_could_not_grow_keeps_the_sizes_that_it_has_memory_for(worker):
+    with worker.connect() as connection:
+        put(connection, 1)
+        grow = wire.Define(0, "aten::randint.out", [2, [2**38]], {"out": ONE}, [])
+        look = wire.Define(1, "aten::clone", [ONE], {}, [wire.Geometry("uint8", (8,), (1,))])
+        batch(connection, grow, wire.Call(0, [1], 2), look, wire.Call(1, [1], 3))
+        assert failure(connection).kind == "memory"
+        assert read(connection, 3) == bytes(range(8))
 
 
 def test_bytes_that_random_changes_made_of_a_session_harm_no_one(worker):

@@ -24,7 +24,10 @@ def _by_name(kind: type[V]) -> dict[str, V]:
     return {str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, kind)}
 
 
-DTYPES: dict[str, torch.dtype] = _by_name(torch.dtype)
+DTYPES: dict[str, torch.dtype] = {
+    name: dtype for name, dtype in _by_name(torch.dtype).items() if not name.startswith(("qint", "quint"))
+}
+"""Without the quantized ones: a quantizer has no form on the wire, and PyTorch crashes where one is missing."""
 LAYOUTS: dict[str, torch.layout] = _by_name(torch.layout)
 MEMORY_FORMATS: dict[str, torch.memory_format] = _by_name(torch.memory_format)
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}

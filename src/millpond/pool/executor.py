@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from millpond.pool import codec, operators, wire
+from millpond.pool import codec, guards, operators, wire
 from millpond.pool.errors import WireError
 
 Getter = Callable[[Sequence[torch.Tensor], Sequence[codec.Number]], Any]
@@ -69,22 +69,29 @@ class Plan:
         self.name = define.op
         self.op = op
         self.new = operators.new_results(op)
+        self.guard = guards.of(define.op)
         self.resizes = any(a.kwarg_only and a.alias_info is not None for a in op._schema.arguments)
         """Whether the op writes to outputs that it was given, and resizes them where they do not fit."""
         self.device = device
         self.operands = self.numbers = 0
         """How many operands and numbers a call must bring."""
+        _check_symbols(op, define)
         self._arguments = [self._getter(argument) for argument in define.arguments]
         self._keywords = {name: self._getter(argument) for name, argument in define.keywords.items()}
         self.results = [None if result is None else Believed(result) for result in define.results]
         self.bytes = sum(result.bytes for result in self.results if result is not None)
+        if not self.operands:  # what it makes must be of the device too, or nothing would limit its memory on a GPU
+            if all(formal.name != "device" for formal in op._schema.arguments):
+                raise Failure("refused", f"{define.op} without an operand of the session")
+            self._keywords["device"] = self._getter(wire.Symbol("device"))
 
     def run(self, operands: Sequence[torch.Tensor], numbers: Sequence[codec.Number]) -> Iterator[Any]:
         """Run the op and yield its new results, flat."""
-        result = self.op(
-            *[get(operands, numbers) for get in self._arguments],
-            **{name: get(operands, numbers) for name, get in self._keywords.items()},
-        )
+        arguments = [get(operands, numbers) for get in self._arguments]
+        keywords = {name: get(operands, numbers) for name, get in self._keywords.items()}
+        if self.guard is not None:
+            self.guard(*arguments, **keywords)
+        result = self.op(*arguments, **keywords)
         if len(self.new) == 1:
             result = (result,)
         for value, new in zip(result, self.new, strict=False) if self.new else ():
@@ -185,6 +192,37 @@ class _Viewer:
         return torch._neg_view(tensor) if view.negative else tensor
 
 
+_SYMBOLS = {"ScalarType": "dtype", "Layout": "layout", "MemoryFormat": "memory_format", "Device": "device"}
+"""PyTorch's types that are constants, and what they are called on the wire."""
+
+
+def _check_symbols(op: torch._ops.OpOverload, define: wire.Define) -> None:
+    """Refuse a number where an op takes a constant: PyTorch would look it up in a table of its own, unchecked."""
+    formals = op._schema.arguments
+    given = [*zip(formals, define.arguments, strict=False)]
+    given += [(formal, define.keywords[formal.name]) for formal in formals if formal.name in define.keywords]
+    for formal, argument in given:
+        kind = _SYMBOLS.get(str(formal.real_type).removeprefix("Optional[").removesuffix("]"))
+        if kind and not (argument is None or (isinstance(argument, wire.Symbol) and argument.kind == kind)):
+            raise Failure("refused", f"{define.op} takes a {kind} as {formal.name}, not {str(argument)[:100]!r}")
+        if formal.name == "pin_memory" and argument:
+            raise Failure("refused", f"{define.op} in pinned memory: that is the host's, not the device's")
+
+
+class Resized:
+    """Remembers tensors that an op may resize: one that fails for want of memory leaves sizes that nothing backs."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self._before = [(tensor, tensor.shape, tensor.stride(), tensor.storage_offset()) for tensor in tensors]
+
+    def undo_half_done(self) -> None:
+        """Give a tensor whose sizes reach beyond its storage those that it had before."""
+        for tensor, sizes, strides, offset in self._before:
+            reach = codec.extent(tensor.shape, tensor.stride(), int(tensor.storage_offset())) * tensor.itemsize
+            if reach > tensor.untyped_storage().nbytes():
+                tensor.as_strided_(sizes, strides, offset)
+
+
 class Executor:
     """Runs a session's items in order on `device`; used from one thread."""
 
@@ -208,7 +246,7 @@ class Executor:
             number = self.items
             self.items += 1
             try:
-                answer = self._run(item, payload)
+                answer = typed(functools.partial(self._run, item, payload))
                 if answer is not None:
                     yield answer
             except Failure as failure:
@@ -221,14 +259,22 @@ class Executor:
                     yield wire.Failed(failure.item or 0, failure.kind, str(failure)[:16_000], answer=asked), empty
 
     def destination(self, message: wire.Message, length: int) -> memoryview:
-        """Return memory for a payload: the tensor's own where it is in reach, so that nothing is copied."""
-        if isinstance(message, wire.Batch) and len(message.items) == 1 and self.device.type == "cpu":
-            (write,) = message.items
-            tensor = self._tensors.get(write.handle) if isinstance(write, wire.Write) else None
-            if isinstance(write, wire.Write) and isinstance(tensor, torch.Tensor):
-                target = bytes_of(tensor)
-                if write.offset + length <= target.numel():
-                    return target.numpy().data[write.offset : write.offset + length]
+        """Return memory for a payload: the tensor's own where it is in reach, so that nothing is copied.
+
+        A payload that no tensor can take costs no memory of its own, however many clients send one at once.
+
+        Raises:
+            WireError: it belongs to no write.
+        """
+        items = message.items if isinstance(message, wire.Batch) else []
+        if len(items) != 1 or not isinstance(items[0], wire.Write):
+            raise WireError("a payload without the write that it is for, which travels alone")
+        tensor = self._tensors.get(items[0].handle)
+        start, end = items[0].offset, items[0].offset + length
+        if not isinstance(tensor, torch.Tensor) or end > tensor.untyped_storage().nbytes():
+            return _waste()[:length]
+        if self.device.type == "cpu":
+            return bytes_of(tensor).numpy().data[start:end]
         return torch.empty(length, dtype=torch.uint8).numpy().data
 
     def close(self) -> None:
@@ -294,10 +340,12 @@ class Executor:
     def _results(
         self, plan: Plan, call: wire.Call | wire.Ask, operands: list[torch.Tensor], numbers: list[codec.Number]
     ) -> list[Any]:
+        resized = Resized(operands) if plan.resizes else None
         try:
             results: list[Any] = typed(lambda: list(plan.run(operands, numbers)))
         finally:
-            if plan.resizes:
+            if resized is not None:
+                resized.undo_half_done()
                 self._count_again(call.operands)
         return results
 
@@ -428,6 +476,12 @@ def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor's whole storage, as bytes."""
     storage = tensor.untyped_storage()
     return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage, 0, (storage.nbytes(),), (1,))
+
+
+@functools.cache
+def _waste() -> memoryview:
+    """Return memory for payloads that are received only to be refused; all sessions write there, and none reads."""
+    return torch.empty(wire.MAX_PAYLOAD_BYTES, dtype=torch.uint8).numpy().data
 
 
 def _address(payload: memoryview) -> int:

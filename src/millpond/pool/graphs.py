@@ -14,7 +14,7 @@ import torch
 
 from millpond.pool import codec, wire
 from millpond.pool.errors import WireError
-from millpond.pool.executor import Believed, Executor, Failure, Plan, typed
+from millpond.pool.executor import Believed, Executor, Failure, Plan, Resized, typed
 
 
 class Graph:
@@ -149,11 +149,13 @@ class GraphExecutor(Executor):
         inputs = [self._tensor(handle) for handle in run.operands]
         self.memory.check(graph.peak_bytes)
         self.memory.add(graph.peak_bytes)
+        resized = Resized(inputs) if graph.resizes else None
         try:
             kept = graph.run(inputs)
         finally:
             self.memory.add(-graph.peak_bytes)
-            if graph.resizes:
+            if resized is not None:
+                resized.undo_half_done()
                 self._count_again(run.operands)
         for place, tensor in enumerate(kept):
             self._keep(run.first + place, tensor)

@@ -203,9 +203,10 @@ class Worker:
                     self._working.discard(executor)
         except ConnectionLost as error:
             print(f"worker {self.orders.lease}: ended a session: {error}", file=sys.stderr)  # noqa: T201
-        except WireError as error:
-            print(f"worker {self.orders.lease}: dropped a session: {error}", file=sys.stderr)  # noqa: T201
-            _refuse(link.connection, "malformed", str(error)[:1000])
+        except (WireError, MemoryError) as error:
+            why = str(error)[:1000] or "no memory is left for a message"
+            print(f"worker {self.orders.lease}: dropped a session: {why}", file=sys.stderr)  # noqa: T201
+            _refuse(link.connection, "malformed", why)
         finally:
             executor.close()
             self._working.discard(executor)
