@@ -88,7 +88,8 @@ class Session:
         self._items: list[wire.Item] = []
         self._sent = 0
         self._owed = 0
-        self._sites: list[tuple[int, str, Site | None] | None] = [None] * REMEMBERED_SITES
+        self._sites: list[tuple[int, Any, Site | None, int] | None] = [None] * REMEMBERED_SITES
+        """By item: its number, what it is, the line that issued it, and autograd's number of it or of its forward."""
         self._awake = threading.Event()
         threading.Thread(target=self._flush_by_time, name="pool-flush", daemon=True).start()
         os.register_at_fork(after_in_child=self._forked)
@@ -239,7 +240,9 @@ class Session:
             self.recorder.issued(item, what)
         number = self._sent + len(self._items)
         self._items.append(item)
-        self._sites[number & (REMEMBERED_SITES - 1)] = (number, what, site())
+        issuer = site()
+        sequence = _sequence() if issuer is not None else _sequence_of_forward()
+        self._sites[number & (REMEMBERED_SITES - 1)] = (number, what, issuer, sequence)
 
     def _settle(self) -> None:
         """Wait until the worker has all that was sent."""
@@ -279,9 +282,9 @@ class Session:
         known = self._sites[failed.item & (REMEMBERED_SITES - 1)]
         text = failed.message
         if known is not None and known[0] == failed.item:
-            _, what, issuer = known
-            where = f"{issuer[0].co_filename}:{issuer[1]}, in {issuer[0].co_name}" if issuer else "the backward pass"
-            text = f"{text}\n  in {what}\n  issued at {where}" if what else f"{text}\n  issued at {where}"
+            _, what, issuer, sequence = known
+            where = f"issued at {_line(issuer)}" if issuer else self._backward_of(sequence)
+            text = f"{text}\n  in {what}\n  {where}" if what else f"{text}\n  {where}"
         kinds: dict[str, Callable[[str], Exception]] = {
             "memory": LeaseOutOfMemory,
             "refused": OpRefused,
@@ -291,6 +294,14 @@ class Session:
             "not-implemented": NotImplementedError,
         }
         return kinds.get(failed.kind, OpError)(text)
+
+    def _backward_of(self, sequence: int) -> str:
+        """Return which line's backward it was, if that is remembered."""
+        forward = [known for known in self._sites if known and known[3] == sequence and known[2]]
+        if not forward:
+            return "issued at the backward pass"
+        _, what, issuer, _ = min(forward, key=lambda known: known[0])
+        return f"in the backward of {what}\n  issued at {_line(issuer)}"
 
     def _lose(self, error: Exception) -> None:
         if self.lost is None:
@@ -351,6 +362,20 @@ def _hold_back_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, original)
     if held:
         original(signal.SIGINT, held[0])
+
+
+_sequence: Callable[[], int] = torch.autograd._get_sequence_nr  # type: ignore[attr-defined]
+"""Returns the number that autograd gives to this thread's next op; the one that runs now has the number before."""
+
+
+def _sequence_of_forward() -> int:
+    """Return what `_sequence` was when the op ran forward whose backward runs now."""
+    node = torch._C._current_autograd_node()
+    return -1 if node is None else node._sequence_nr() + 1
+
+
+def _line(site: Site | None) -> str:
+    return f"{site[0].co_filename}:{site[1]}, in {site[0].co_name}" if site else "a line that is not known"
 
 
 _OURS = (os.path.dirname(os.path.abspath(__file__)) + os.sep, os.path.dirname(torch.__file__) + os.sep)  # noqa: PTH120, PTH100
