@@ -200,7 +200,9 @@ def fuzz(
         with tempfile.TemporaryDirectory() as directory:
             log = Path(directory) / "log"
             last = first + 1 if only is not None else 2**40
-            process = forked.Process(target=_run, args=(board, seed, first, last, frames - done, recorded, log))
+            process = forked.Process(
+                target=_run, args=(board, seed, first, last, frames - done, recorded, log), daemon=True
+            )
             process.start()
             seen, since, hung = (-1, -1), time.monotonic(), False
             while process.is_alive():
