@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from pool.test_device import on_device
 
@@ -13,7 +14,7 @@ pytestmark = pytest.mark.slow  # each fills a gigabyte
 def test_an_upload_that_does_not_fit_is_out_of_memory_and_the_program_can_go_on():
     _, total = torch.pool.mem_get_info()
     kept = []
-    with pytest.raises(torch.OutOfMemoryError, match="out of memory. Tried to allocate"):
+    with pytest.raises(torch.OutOfMemoryError, match=r"out of memory\. Tried to allocate"):  # noqa: PT012
         for _ in range(total // 2**26 + 1):
             kept.append(torch.ones(2**24).to("pool"))
             torch.pool.synchronize()
@@ -28,7 +29,7 @@ def test_out_of_memory_within_backward_is_raised_there_and_the_program_can_go_on
     free, _ = torch.pool.mem_get_info()
     x = torch.ones(free // 4 // 4, device="pool", requires_grad=True)
     y = x.exp() * 2  # three of a quarter each; backward needs two more
-    with pytest.raises(torch.OutOfMemoryError) as raised:
+    with pytest.raises(torch.OutOfMemoryError) as raised:  # noqa: PT012
         y.sum().backward()
         torch.pool.synchronize()
     assert "backward" in str(raised.value)
@@ -47,7 +48,7 @@ def test_an_error_within_backward_names_the_op_and_the_line_of_its_forward():
     rest = torch.ones(free // 2 // 4, device="pool")
     loss = y.sum()
     loss.item()
-    with pytest.raises(torch.OutOfMemoryError) as raised:
+    with pytest.raises(torch.OutOfMemoryError) as raised:  # noqa: PT012
         loss.backward()
         torch.pool.synchronize()
     text = str(raised.value)
