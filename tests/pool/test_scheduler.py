@@ -242,6 +242,11 @@ def test_a_lease_of_several_devices_stays_on_one_host_if_it_can():
     assert {device.host for device in scheduler.leases["a"].devices} == {"one", "other"}
 
 
+def test_a_pool_that_no_host_has_joined_says_so():
+    with pytest.raises(LeaseError, match="no host has joined"):
+        Scheduler([], lost_after_s=8.0).request(0, "a", "ann")
+
+
 def test_a_host_that_joins_serves_who_waits():
     scheduler = two_hosts(("one", 8))
     scheduler.request(0, "a", "ann")

@@ -89,6 +89,7 @@ class Agent:
         connection.send(wire.Join(self.name, offered))
         host = OwnHost(self.name, connection.socket.getsockname()[0], self._worker_command)
         wanted: set[int] = set()
+        """Workers that are to run; the end of another is no news."""
         next_beat = 0.0
         heard = time.monotonic()
         try:
@@ -105,7 +106,8 @@ class Agent:
                 self._handle(message, connection, host, wanted)
         finally:
             connection.close()  # first: it is the host that leaves, not its workers that fail
-            for number in wanted:
+            for number in list(wanted):
+                wanted.discard(number)
                 host.end_worker(number)
             if self._tasks:
                 await asyncio.wait(self._tasks, timeout=STOP_S)
@@ -125,6 +127,7 @@ class Agent:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         elif isinstance(message, wire.EndWorker):
+            wanted.discard(message.worker)
             host.end_worker(message.worker)
         elif isinstance(message, wire.Introduce):
             host.introduce(message)
@@ -142,7 +145,8 @@ class Agent:
         try:
             why = await host.run_worker(start, report)
         finally:
-            wanted.discard(start.worker)
-            log.info("%s: the worker on %s %s", start.lease, start.device, why)
+            if start.worker in wanted:
+                wanted.discard(start.worker)
+                log.warning("%s: the worker on %s %s", start.lease, start.device, why)
             with contextlib.suppress(ConnectionLost):
                 connection.send(wire.WorkerEnded(start.worker, why[:1000]))

@@ -114,7 +114,7 @@ class Broker:
         self.settings = settings
         self.records = records
         own = OwnHost(socket.gethostname()[:64], settings.bind, worker_command)
-        self.hosts: dict[str, Host] = {own.name: own}
+        self.hosts: dict[str, Host] = {own.name: own} if devices else {}
         devices = [dataclasses.replace(device, host=own.name) for device in devices]
         self._indices = {(own.name, place): device.index for place, device in enumerate(devices)}
         """Numbers of the devices of all hosts that were ever here: one that comes back has the same again."""

@@ -128,12 +128,14 @@ class Scheduler:
         Raises:
             LeaseError: this pool can never give it, or too many wait already.
         """
+        if not self.devices:
+            raise LeaseError("This pool has no devices now: no host has joined it, or all have left. Try again later.")
         if part_bytes:
             fitting = [device for device in self.devices if device.memory_bytes >= part_bytes]
         else:
             fitting = list(self.devices)
         if len(fitting) < count:
-            offered = ", ".join(f"{device.index}: {gib(device.memory_bytes)}" for device in self.devices) or "none"
+            offered = ", ".join(f"{device.index}: {gib(device.memory_bytes)}" for device in self.devices)
             asked = f"{count} device(s)" + (f" with {gib(part_bytes)} each" if part_bytes else "")
             raise LeaseError(f"This pool can never lend {asked}: its devices are {offered}. Ask for less.")
         if sum(lease.state == "pending" for lease in self.leases.values()) >= MAX_PENDING:
