@@ -111,6 +111,7 @@ def test_a_host_that_stands_still_is_lost_and_joins_again_by_itself(site, join):
         wait_for(lambda: hosts(site) == [(0, OWN), (1, "gpu-2")])
 
 
+@pytest.mark.slow
 def test_a_host_outlives_its_broker_and_joins_the_next_one(site, join):
     host = join()
     lease = site.acquire(memory_bytes=8 * GIB)
@@ -145,6 +146,7 @@ def test_a_host_that_leaves_takes_its_workers_along(site, join):
     assert hosts(site) == [(0, OWN)]
 
 
+@pytest.mark.slow
 def test_a_second_host_of_a_name_is_told_so_and_joins_when_the_first_has_left(site, join):
     first = join()
     second = join("gpu-2", "serves:16", wait=False)
