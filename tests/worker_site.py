@@ -8,7 +8,6 @@ import os
 import secrets
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +83,10 @@ class WorkerProcess:
         """Run a Python program on the device to its end."""
         return run(program, self.environment(), timeout_s)
 
-    def introduce(self, own: int, workers: Sequence[WorkerProcess]) -> None:
+    def introduce(self, own: int, peers: list[wire.PeerAddress]) -> None:
         """Tell it, as the broker does, who the lease's workers are."""
         assert self.process.stdin is not None
-        introduction = Introduction(
-            own, [wire.PeerAddress("127.0.0.1", worker.first_report.peer_port) for worker in workers]
-        )
+        introduction = Introduction(own, peers)
         self.process.stdin.write(msgspec.json.encode(introduction) + b"\n")
         self.process.stdin.flush()
 
@@ -123,8 +120,9 @@ class Workers:
             WorkerProcess(memory_bytes, log=log.with_suffix(f".{place}.log"), peer_token=PEER_TOKEN)
             for place in range(count)
         ]
+        peers = [wire.PeerAddress("127.0.0.1", worker.first_report.peer_port) for worker in self.each]
         for place, worker in enumerate(self.each):
-            worker.introduce(place, self.each)
+            worker.introduce(place, peers)
 
     def environment(self) -> dict[str, str]:
         """The environment of a program under this lease."""

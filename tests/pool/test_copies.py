@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from worker_site import Workers, run
+from millpond.pool import wire
+from worker_site import PEER_TOKEN, WorkerProcess, Workers, run
 
 
 def test_copies_keep_values_dtypes_strides_and_views(two_devices):
@@ -134,14 +135,34 @@ def test_a_copy_that_does_not_fit_is_out_of_memory_at_the_receiver(two_devices):
 
 
 @pytest.mark.slow
+def test_a_worker_that_cannot_reach_another_ends_with_the_reason(tmp_path):
+    log = tmp_path / "worker.log"
+    worker = WorkerProcess(log=log, peer_token=PEER_TOKEN)
+    try:
+        here = wire.PeerAddress("127.0.0.1", worker.first_report.peer_port)
+        worker.introduce(0, [here, wire.PeerAddress("127.0.0.1", 1)])
+        assert worker.process.wait(30) == 1
+        assert (
+            "the worker of device 1 of this lease cannot be reached at 127.0.0.1:1: nothing answers" in log.read_text()
+        )
+    finally:
+        worker.close()
+
+
+@pytest.mark.slow
 def test_a_worker_that_is_gone_is_an_error_that_names_the_copy(tmp_path):
     workers = Workers(log=tmp_path / "worker")
     try:
-        workers.each[1].close()
         program = """
-import torch
+import contextlib, os, signal, socket, torch
 from millpond.pool import kernels, wire
 there = torch.ones(9, device="pool:0")
+there.to("pool:1").sum().item()
+other = torch.pool.workers[1]
+os.kill(other.pid, signal.SIGKILL)
+with contextlib.suppress(OSError):
+    while True:
+        socket.create_connection((other.host, other.port), timeout=9).close()
 session = kernels.open_session(0)
 with session.lock:
     session.issue(wire.Send(there.untyped_storage().remote.handle, 1, bytes(16)), "the copy of float32[9]")

@@ -8,6 +8,7 @@ comes, into memory of the lease, so that two that send to each other never wait 
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import sys
 import threading
@@ -80,6 +81,19 @@ class Peers:
         self._sending = {index: threading.Lock() for index in range(len(introduction.peers))}
         self._introduction = introduction
         self._introduced.set()
+        threading.Thread(target=self._meet, args=(introduction,), name="meet", daemon=True).start()
+
+    def _meet(self, introduction: Introduction) -> None:
+        """Connect to every peer: a firewall between two is to end the lease at its start, not a copy after an hour."""
+        for peer in range(len(introduction.peers)):
+            if peer == introduction.own:
+                continue
+            try:
+                self._with_peer(peer, lambda connection: None)
+            except Failure as failure:
+                sys.stderr.write(f"{failure}\n")
+                sys.stderr.flush()
+                os._exit(1)
 
     # --- what we send --------------------------------------------------------------------------------------------
 
