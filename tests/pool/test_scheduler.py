@@ -244,7 +244,7 @@ def test_a_lease_of_several_devices_stays_on_one_host_if_it_can():
 
 def test_a_pool_that_no_host_has_joined_says_so():
     with pytest.raises(LeaseError, match="no host has joined"):
-        Scheduler([], lost_after_s=8.0).request(0, "a", "ann")
+        Scheduler([], 8.0).request(0, "a", "ann")
 
 
 def test_a_host_that_joins_serves_who_waits():
