@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from millpond.text import CHUNK, TextConfig, TextEncoder, TextError, pad
 
@@ -54,6 +55,38 @@ def test_an_empty_text_and_one_of_unknown_words_have_an_id() -> None:
 def test_words_after_the_limit_are_not_read() -> None:
     short = encoder(features="words", max_words=3)
     assert [len(ids) for ids in short.encode(["good film " * 50, "good"])] == [3, 1]
+
+
+def test_the_last_words_of_a_long_text_are_read_where_asked_for() -> None:
+    both_ends = encoder(features="words", max_words=3, last_words=2)
+    good, a, bad = (WORDS.encode([word])[0][0] for word in ("good", "a", "bad"))
+    assert [ids.tolist() for ids in both_ends.encode(["good film film a bad", "a bad"])] == [[good, a, bad], [a, bad]]
+    with pytest.raises(TextError, match="last_words"):
+        encoder(features="words", max_words=3, last_words=3)
+
+
+def pieces(max_words: int) -> TextEncoder:
+    """An encoder as pretrained models have it: pieces of words between marks."""
+    words = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "good": 4, "film": 5, "##s": 6}
+    tokenizer = Tokenizer(models.WordPiece(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    marks = [("[CLS]", 2), ("[SEP]", 3)]
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=marks)
+    tokenizer.enable_padding(length=128)  # as it comes with sentence encoders
+    return TextEncoder(tokenizer.to_str(), TextConfig(features="pieces", max_words=max_words))
+
+
+def test_pieces_stand_between_marks_and_long_texts_keep_both() -> None:
+    long, empty = pieces(5).encode(["good films good films", ""])
+    assert (long - 1).tolist() == [2, 4, 5, 6, 3]  # padding takes the place of 0
+    assert (empty - 1).tolist() == [2, 3]
+
+
+def test_pieces_need_room_beside_their_marks() -> None:
+    with pytest.raises(TextError, match="2 marks around a text of at most 2 pieces"):
+        pieces(2)
+    with pytest.raises(TextError, match="0 marks"):
+        TextEncoder(WORDS.tokenizer_json, TextConfig(features="pieces"))
 
 
 def test_more_texts_than_a_chunk_keep_their_order() -> None:

@@ -1,13 +1,14 @@
 """Text to ids: the one encoder that training and edge share, so that both see a text alike. Knows no torch.
 
 A `tokenizer.json` (of the `tokenizers` library) splits a text into words; a `TextConfig` says what becomes of
-them: the words themselves (for sequence models) or the set of their hashed n-grams (for linear models).
-Id 0 is padding, always; no text gives an empty row.
+them: the words themselves (for sequence models), the set of their hashed n-grams (for linear models), or the pieces
+of words between the marks of a pretrained encoder. Id 0 is padding, always; no text gives an empty row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal
@@ -36,9 +37,11 @@ class TextError(MillpondError):
 class TextConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What becomes of a text's words. It travels in a model's config.json, beside its tokenizer.json."""
 
-    features: Literal["words", "ngrams"] = "words"
+    features: Literal["words", "ngrams", "pieces"] = "words"
     max_words: Annotated[int, Meta(ge=1, le=1_000_000)] = 1_000_000
-    """Words of a text that are read; what follows is not seen by the model."""
+    """Words of a text that are read (for `pieces`: pieces, the marks included); others are not seen by the model."""
+    last_words: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
+    """How many of `max_words` are the text's last words, where it is longer; for `words` and `ngrams`."""
     max_ngram: Annotated[int, Meta(ge=1, le=5)] = 3
     """Longest n-gram, for `ngrams`."""
     buckets: Annotated[int, Meta(ge=1, le=2**28)] = 2**20
@@ -58,14 +61,22 @@ class TextEncoder:
             self._tokenizer = Tokenizer.from_str(tokenizer_json)
         except Exception as error:  # the library raises plain Exception
             raise TextError(f"tokenizer.json cannot be read: {error}. The model is damaged; fetch it again.") from error
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
         self.config = config
         self.vocabulary = self._tokenizer.get_vocab_size()
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._unknown: int = 0
+        if config.features == "pieces":
+            self._limit_pieces()
+            return
         unknown = self._tokenizer.token_to_id(UNKNOWN)
         if unknown is None:
             raise TextError(f"tokenizer.json has no {UNKNOWN} token. The model is damaged; fetch it again.")
-        self._unknown: int = unknown
+        if config.last_words >= config.max_words:
+            raise TextError(
+                f"last_words ({config.last_words:,}) is a part of max_words ({config.max_words:,}): lower it."
+            )
+        self._unknown = unknown
 
     @classmethod
     def from_dir(cls, model_dir: Path) -> TextEncoder:
@@ -116,9 +127,7 @@ class TextEncoder:
         """Return the ids of all texts in one array, and where each text starts (one entry more than texts)."""
         chunks: list[Ids] = []
         lengths: list[Ids] = []
-        texts = iter(texts)
-        while chunk := list(islice(texts, CHUNK)):
-            tokens, counts = self._words(chunk)
+        for tokens, counts in self._words_by_chunk(iter(texts)):
             if self.config.features == "ngrams":
                 tokens, counts = self._ngrams(tokens, counts)
             chunks.append(tokens + 1)
@@ -128,13 +137,49 @@ class TextEncoder:
             np.cumsum(np.concatenate(lengths), out=starts[1:])
         return np.concatenate(chunks) if chunks else np.empty(0, np.int64), starts
 
+    def _words_by_chunk(self, texts: Iterator[str]) -> Iterator[tuple[Ids, Ids]]:
+        """Split texts into words, the next chunk in a thread while the caller works on this one."""
+        chunk = list(islice(texts, CHUNK))
+        if len(chunk) < CHUNK:  # all there is: a thread would only cost
+            yield from [self._words(chunk)] if chunk else []
+            return
+        with ThreadPoolExecutor(1, "words") as ahead:
+            coming = ahead.submit(self._words, chunk)
+            while chunk := list(islice(texts, CHUNK)):
+                words, coming = coming.result(), ahead.submit(self._words, chunk)
+                yield words
+            yield coming.result()
+
     def _words(self, texts: list[str]) -> tuple[Ids, Ids]:
-        rows = [
-            encoding.ids[: self.config.max_words] or [self._unknown]
-            for encoding in self._tokenizer.encode_batch_fast(list(map(_clean, texts)), add_special_tokens=False)
-        ]
+        marks = self.config.features == "pieces"
+        encoded = self._tokenizer.encode_batch_fast(list(map(_clean, texts)), add_special_tokens=marks)
+        rows = [self._read(encoding.ids) or [self._unknown] for encoding in encoded]
         counts = np.fromiter(map(len, rows), np.int64, len(rows))
         return np.concatenate([np.asarray(row, np.int64) for row in rows]), counts
+
+    def _read(self, words: list[int]) -> list[int]:
+        """Return the words of a text that are read."""
+        most, last = self.config.max_words, self.config.last_words
+        if len(words) <= most:
+            return words
+        return words[: most - last] + words[len(words) - last :]
+
+    def _limit_pieces(self) -> None:
+        """Have the tokenizer cut texts so that the marks at both ends fit in.
+
+        Raises:
+            TextError: it sets no marks, so that an empty text would be an empty row, or they alone are too many.
+        """
+        try:
+            marks = self._tokenizer.num_special_tokens_to_add(is_pair=False)
+            if marks == 0 or marks >= self.config.max_words:
+                raise TextError(
+                    f"tokenizer.json sets {marks} marks around a text of at most {self.config.max_words} pieces; "
+                    "an encoder needs one at least, and room beside them. Raise max_words, or take another encoder."
+                )
+            self._tokenizer.enable_truncation(self.config.max_words)
+        except ValueError as error:
+            raise TextError(f"tokenizer.json cannot cut texts to {self.config.max_words} pieces: {error}") from error
 
     def _ngrams(self, words: Ids, counts: Ids) -> tuple[Ids, Ids]:
         """Return the set of n-grams of each text: word ids below `vocabulary`, hashed n-grams above."""
