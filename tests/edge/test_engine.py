@@ -43,7 +43,7 @@ def test_a_long_text_among_short_ones_does_not_blow_the_batch_up(
             sizes.append(feeds["ids"].size)
             return run(outputs, feeds)
 
-    monkeypatch.setattr(engine_module, "RUN_IDS", 100)
+    monkeypatch.setattr(engine_module, "RUN_FLOATS", 100 * engine.config.floats_per_id)
     monkeypatch.setattr(engine, "_session", Watched())
     np.testing.assert_allclose(engine.scores(texts), whole)
     assert sorted(sizes)[-1] == 400  # alone

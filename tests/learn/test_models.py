@@ -1,4 +1,4 @@
-"""Both models: what they compute, that batches do not matter, and that the exported graph answers alike."""
+"""The models: what they compute, that batches do not matter, and that the exported graph answers alike."""
 
 from __future__ import annotations
 
@@ -23,18 +23,14 @@ from millpond.text import TextEncoder, pad
 CPU = torch.device("cpu")
 SMALL: dict[str, dict[str, Any]] = {
     "ngram": {"buckets": 4096, "min_count": 1},
-    "seqcnn": {"embedding": 16, "filters": 24, "min_count": 1, "dropout": 0.0},
+    "seqcnn": {"embedding": 16, "filters": 24, "min_count": 1, "dropout": 0.0, "embedding_dropout": 0.0},
+    "lstm": {"embedding": 16, "width": 12, "hidden": 8, "min_count": 1, "dropout": 0.0},
 }
 
 
 def trained(dataset: Dataset, architecture: str, epochs: int = 1) -> tuple[TextModel, TextEncoder]:
     options = options_of(architecture, SMALL[architecture])
-    encoder = TextEncoder.learn(
-        dataset.train.texts,
-        options.text_config(),
-        min_count=options.min_count,
-        max_vocabulary=options.max_vocabulary,
-    )
+    encoder = options.learn_encoder(dataset.train.texts)
     torch.manual_seed(0)
     model = build(architecture, options, encoder.rows, len(dataset.labels))
     data = Encoded.of(encoder, dataset.train.texts)
@@ -62,7 +58,7 @@ def write(directory: Path, model: TextModel, encoder: TextEncoder, dataset: Data
     return directory
 
 
-@pytest.mark.parametrize("architecture", ["ngram", "seqcnn"])
+@pytest.mark.parametrize("architecture", SMALL)
 @pytest.mark.parametrize("name", ["small", "three_labels"])
 def test_the_directory_is_complete_signs_loads_and_its_graph_agrees(
     architecture: str, name: str, request: pytest.FixtureRequest, tmp_path: Path
@@ -96,13 +92,41 @@ def test_the_directory_is_complete_signs_loads_and_its_graph_agrees(
         assert list(answer["scores"]) == dataset.labels
 
 
-@pytest.mark.parametrize("architecture", ["ngram", "seqcnn"])
+@pytest.mark.parametrize("architecture", SMALL)
 def test_a_text_is_answered_alike_alone_and_in_any_batch(architecture: str, small: Dataset) -> None:
     model, encoder = trained(small, architecture)
     texts = ["great", "awful film " * 30, *small.test.texts[:20]]
     together = predict(model, Encoded.of(encoder, texts), CPU)
     alone = np.concatenate([predict(model, Encoded.of(encoder, [text]), CPU) for text in texts])
     assert together == pytest.approx(alone, abs=1e-6)
+
+
+def test_the_lstm_reads_every_second_layer_backwards(small: Dataset) -> None:
+    """With one layer a word changes only what follows it, with a second one also what stands before."""
+    for layers, changes in ((1, False), (2, True)):
+        options = options_of("lstm", SMALL["lstm"] | {"layers": layers})
+        torch.manual_seed(0)
+        model = build("lstm", options, 10, 2)
+        last_lstm = model.get_submodule(f"lstms.{layers - 1}")
+        made = {}
+        for last in (4, 5):
+            hook = last_lstm.register_forward_hook(lambda module, given, out: made.update({last: out[0].detach()}))  # noqa: B023
+            model(torch.tensor([[1, 2, 3, last]]), 1)
+            hook.remove()
+        at = 3 if layers == 2 else 0  # the second layer's input is turned around: its last place is the first word
+        assert bool((made[4][0, at] != made[5][0, at]).any()) == changes
+
+
+def test_embeddings_of_seqcnn_start_with_the_log_count_ratio(small: Dataset) -> None:
+    options = options_of("seqcnn", SMALL["seqcnn"])
+    encoder = options.learn_encoder(small.train.texts)
+    data = Encoded.of(encoder, small.train.texts)
+    for prior, told in ((True, True), (False, False)):
+        model = build("seqcnn", msgspec.structs.replace(options, prior=prior), encoder.rows, 2)
+        model.prepare(data, small.train.labels)
+        first = model.state_dict()["embedding.weight"][:, 0]
+        great, awful = (float(first[encoder.encode([word])[0][0]]) for word in ("great", "awful"))
+        assert (great > 1 and awful < -1) == told
 
 
 def test_untrained_ngram_is_naive_bayes(small: Dataset) -> None:
@@ -137,6 +161,8 @@ def test_ngrams_that_training_has_not_seen_and_padding_weigh_nothing(small: Data
     ("architecture", "options", "says"),
     [
         ("bert", {}, "no model 'bert'"),
+        ("encoder", {}, "pretrained"),
+        ("encoder", {"pretrained": "/nowhere/at all"}, "neither a directory nor in .* cache.*hf download"),
         ("ngram", {"bucket": 1}, "bucket.*It has: .*buckets"),
         ("ngram", {"buckets": "many"}, "Expected `int`"),
         ("ngram", {"max_ngram": 9}, "<= 5"),

@@ -26,8 +26,8 @@ from millpond.text import TextEncoder, pad
 
 log = logging.getLogger("millpond.edge")
 
-RUN_IDS = 2**18
-"""Ids in one run, padding included: one long text among many short ones must not blow the batch up."""
+RUN_FLOATS = 2**26
+"""Numbers that one run may compute, padding included: one long text among many short ones must not blow it up."""
 GOLDEN_TOLERANCE = 1e-4
 """Largest difference of a probability from the golden one: other processors round differently, not more."""
 MAX_GOLDEN_BYTES = 64 * 1024 * 1024
@@ -91,7 +91,7 @@ class Engine:
         """
         rows = self._encoder.encode(texts)
         logits = np.empty((len(rows), len(self.labels)), np.float64)
-        for run in _runs([len(row) for row in rows]):
+        for run in _runs([len(row) for row in rows], RUN_FLOATS // self.config.floats_per_id):
             (part,) = self._session.run(["logits"], {"ids": pad([rows[index] for index in run])})
             if part.shape != (len(run), len(self.labels)):
                 raise ModelUnfit("labels", f"model.onnx answers {part.shape[1:]} for {len(self.labels)} labels.")
@@ -188,11 +188,11 @@ class LiveEngine:
                 log.exception("the current model cannot be looked up")
 
 
-def _runs(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Split texts into runs of similar length, of at most `RUN_IDS` ids each (a longer text runs alone)."""
+def _runs(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Split texts into runs of similar length, of at most `most` ids each (a longer text runs alone)."""
     run: list[int] = []
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if run and (len(run) + 1) * lengths[index] > RUN_IDS:
+        if run and (len(run) + 1) * lengths[index] > most:
             yield run
             run = []
         run.append(index)

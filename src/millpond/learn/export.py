@@ -24,13 +24,13 @@ import millpond
 from millpond import MillpondError
 from millpond.learn.encoded import Encoded
 from millpond.learn.models import ModelOptions, TextModel, build, options_of
+from millpond.learn.models.model import ONNX_OPSET
 from millpond.learn.train import predict
 from millpond.registry import DataSource, Lineage, ModelConfig, parse_config
 from millpond.text import TextEncoder, pad
 
-OPSET = 21
 IR_VERSION = 10
-"""The pair that ONNX 1.16 introduced; any ONNX Runtime since 1.18 reads it."""
+"""ONNX 1.16 introduced it together with `ONNX_OPSET`."""
 AGREEMENT = 1e-4
 """Largest difference between a probability of the graph and of the torch model."""
 GOLDEN_TEXTS = 12
@@ -75,6 +75,7 @@ def write_model(
         architecture=architecture,
         options=msgspec.to_builtins(options),
         text=msgspec.to_builtins(encoder.config),
+        floats_per_id=model.floats_per_id,
         metrics=metrics,
         data=list(data),
         lineage=lineage,
@@ -130,7 +131,7 @@ def build_graph(model: TextModel) -> bytes:
         [helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, ["batch", "labels"])],
         [onnx.numpy_helper.from_array(np.ascontiguousarray(array), name) for name, array in constants.items()],
     )
-    opset = helper.make_opsetid("", OPSET)
+    opset = helper.make_opsetid("", ONNX_OPSET)
     made = helper.make_model(graph, opset_imports=[opset], ir_version=IR_VERSION, producer_name="millpond")
     onnx.checker.check_model(made)
     return bytes(made.SerializeToString())

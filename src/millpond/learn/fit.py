@@ -71,9 +71,7 @@ def fit(
     with watch.stage("encode"):
         report(JobProgress(stage="data", note=f"encoding {len(used):,} texts"))
         learned, held = hold_back(recipe, dataset, used)
-        encoder = TextEncoder.learn(
-            learned.texts, options.text_config(), min_count=options.min_count, max_vocabulary=options.max_vocabulary
-        )
+        encoder = options.learn_encoder(learned.texts)
         encoded = Encoded.of(encoder, learned.texts)
         validation = (Encoded.of(encoder, held.texts), held.labels) if held else None
     with watch.stage("train"):

@@ -44,7 +44,9 @@ class TrainOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 DEFAULTS = {
     "ngram": TrainOptions(epochs=3, batch_size=1024, learning_rate=0.01),
-    "seqcnn": TrainOptions(epochs=4, batch_size=64, learning_rate=1e-3),
+    "seqcnn": TrainOptions(epochs=3, batch_size=32, learning_rate=2e-3),
+    "lstm": TrainOptions(epochs=4, batch_size=64, learning_rate=2e-3),
+    "encoder": TrainOptions(epochs=2, batch_size=32, learning_rate=5e-5),
 }
 MIN_STEPS = 16
 

@@ -92,7 +92,7 @@ class DataSource(msgspec.Struct, frozen=True, kw_only=True):
     digest: str
     rows: int
     role: str
-    """`train`, `test`, `corrections` or `heldout`."""
+    """`train`, `test`, `corrections`, `heldout`, `teacher` or `unlabelled`."""
 
 
 class Lineage(msgspec.Struct, frozen=True, kw_only=True):
@@ -116,6 +116,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Sizes of the architecture."""
     text: dict[str, bool | int | float | str] = {}
     """What `millpond.text` needs besides `tokenizer.json`; the registry does not look into it."""
+    floats_per_id: Annotated[int, Meta(ge=1)] = 256
+    """Numbers that the graph computes for each id of a text, which bounds how many an edge gives it at once."""
     metrics: dict[str, float] = {}
     data: list[DataSource] = []
     lineage: Lineage = Lineage()

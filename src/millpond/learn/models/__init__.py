@@ -6,8 +6,9 @@ from typing import Any
 
 import msgspec
 
-from millpond import MillpondError
-from millpond.learn.models.model import ModelOptions, TextModel
+from millpond.learn.models.encoder import Encoder, EncoderOptions
+from millpond.learn.models.lstm import Lstm, LstmOptions
+from millpond.learn.models.model import ModelError, ModelOptions, TextModel
 from millpond.learn.models.ngram import NGram, NGramOptions
 from millpond.learn.models.seqcnn import SeqCnn, SeqCnnOptions
 
@@ -16,25 +17,23 @@ __all__ = ["MODELS", "ModelError", "ModelOptions", "TextModel", "build", "option
 MODELS: dict[str, tuple[type[Any], type[ModelOptions]]] = {
     "ngram": (NGram, NGramOptions),
     "seqcnn": (SeqCnn, SeqCnnOptions),
+    "lstm": (Lstm, LstmOptions),
+    "encoder": (Encoder, EncoderOptions),
 }
 """Name → the model's class, called with (options, rows, labels), and the class of its options."""
-
-
-class ModelError(MillpondError):
-    """A model or its options are not known."""
 
 
 def options_of(architecture: str, given: dict[str, Any]) -> ModelOptions:
     """Return a model's options, defaults where nothing is given.
 
     Raises:
-        ModelError: there is no such model or option, or a value is of the wrong kind.
+        ModelError: there is no such model or option, a value is of the wrong kind, or what an option names is not here.
     """
     if architecture not in MODELS:
         raise ModelError(f"there is no model {architecture!r}; there are {', '.join(MODELS)}.")
     _, kind = MODELS[architecture]
     try:
-        return msgspec.convert(given, kind)
+        return msgspec.convert(given, kind).resolved()
     except msgspec.ValidationError as error:
         known = ", ".join(field.name for field in msgspec.structs.fields(kind))
         raise ModelError(f"options of {architecture}: {error}. It has: {known}.") from error

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Annotated
+from collections.abc import Iterable
+from typing import Annotated, Self
 
 import msgspec
 import numpy as np
@@ -12,16 +13,18 @@ from msgspec import Meta
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from millpond import MillpondError
 from millpond.learn.encoded import Encoded
-from millpond.text import TextConfig
+from millpond.text import TextConfig, TextEncoder
+
+
+class ModelError(MillpondError):
+    """A model or its options are not known, or what the model is made of is not on this machine."""
 
 
 class ModelOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Sizes and constants of a model: scalars all, so that config.json can carry them."""
 
-    min_count: Annotated[int, Meta(ge=1)]
-    """Times a word must be seen in training to be known."""
-    max_vocabulary: Annotated[int, Meta(ge=2)] = 100_000
     max_words: Annotated[int, Meta(ge=1, le=1_000_000)] = 100_000
     """Words of a text that are read."""
 
@@ -29,7 +32,35 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         """Return how texts become ids for this model."""
         raise NotImplementedError
 
+    def learn_encoder(self, texts: Iterable[str]) -> TextEncoder:
+        """Return what turns texts into ids; `texts` are those to train on."""
+        raise NotImplementedError
 
+    def resolved(self) -> Self:
+        """Return the options with what they only name looked up, so that config.json holds all of the model.
+
+        Raises:
+            ModelError: what they name is not on this machine.
+        """
+        return self
+
+
+class VocabularyOptions(ModelOptions, frozen=True, kw_only=True):
+    """Options of a model whose words are those of its training texts."""
+
+    min_count: Annotated[int, Meta(ge=1)]
+    """Times a word must be seen in training to be known."""
+    max_vocabulary: Annotated[int, Meta(ge=2)] = 100_000
+
+    def learn_encoder(self, texts: Iterable[str]) -> TextEncoder:
+        """Return an encoder with the vocabulary of `texts`."""
+        return TextEncoder.learn(
+            texts, self.text_config(), min_count=self.min_count, max_vocabulary=self.max_vocabulary
+        )
+
+
+ONNX_OPSET = 21
+"""Of the nodes that models return; any ONNX Runtime since 1.18 reads it."""
 EVALUATION_FLOATS = 2**26
 """Numbers that a batch may take on the device when nothing is learned: 256 MiB."""
 
@@ -42,7 +73,7 @@ class TextModel(nn.Module):
 
     @abstractmethod
     def prepare(self, data: Encoded, labels: NDArray[np.int64]) -> None:
-        """Set what is counted, not learned, from the training texts."""
+        """Set what is known before the first step: counts of the training texts, pretrained weights."""
 
     @staticmethod
     @abstractmethod

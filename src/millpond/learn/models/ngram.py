@@ -19,11 +19,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from millpond.learn.encoded import Encoded
-from millpond.learn.models.model import ModelOptions, TextModel
+from millpond.learn.models.model import TextModel, VocabularyOptions
+from millpond.learn.models.ratio import log_count_ratio
 from millpond.text import TextConfig
 
 
-class NGramOptions(ModelOptions, frozen=True, kw_only=True):
+class NGramOptions(VocabularyOptions, frozen=True, kw_only=True):
     """The defaults were chosen on validation splits of IMDB's training split (docs/log.md)."""
 
     min_count: Annotated[int, Meta(ge=1)] = 2
@@ -61,17 +62,9 @@ class NGram(TextModel):
         self.register_buffer("spread_C", torch.tensor([-0.5, 0.5]) if columns == 1 else torch.ones(labels))
 
     def prepare(self, data: Encoded, labels: NDArray[np.int64]) -> None:
-        """Set each n-gram's log-count ratio from the training texts: log p(n-gram | label) / p(n-gram | others)."""
+        """Set each n-gram's log-count ratio from the training texts."""
         rows, columns = self.ratio_RK.shape
-        owner = np.repeat(labels, data.lengths)
-        all_R = np.bincount(data.ids, minlength=rows)
-        ratio_RK = np.empty((rows, columns), np.float32)
-        for column in range(columns):
-            inside_R = np.bincount(data.ids[owner == (1 if columns == 1 else column)], minlength=rows)
-            p_R, q_R = inside_R + self.smoothing, all_R - inside_R + self.smoothing
-            ratio_RK[:, column] = np.log(p_R / p_R.sum()) - np.log(q_R / q_R.sum())
-        ratio_RK[all_R == 0] = 0.0
-        self.ratio_RK.copy_(torch.from_numpy(ratio_RK))
+        self.ratio_RK.copy_(torch.from_numpy(log_count_ratio(data, labels, (rows, columns), self.smoothing)))
 
     @staticmethod
     def batch(data: Encoded) -> NDArray[np.int32]:
