@@ -68,11 +68,13 @@ def train(
     text: TextColumn = "text",
     label: LabelColumn = "label",
     split: SplitColumn = None,
-    model: Annotated[str | None, typer.Option(help="ngram (default) or seqcnn.")] = None,
+    model: Annotated[str | None, typer.Option(help="ngram (default), seqcnn, lstm or encoder.")] = None,
     option: Annotated[list[str] | None, typer.Option(help="An option of the model, name=value; repeatable.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Times through the training rows.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Texts a step.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Step size of Adam.")] = None,
+    teacher: Annotated[Path | None, typer.Option(help="A run or model whose answers are learned too.")] = None,
+    unlabelled: Annotated[Path | None, typer.Option(help="A file of texts that the teacher answers.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of splits, order and first weights.")] = None,
     train_rows: Annotated[int | None, typer.Option(help="Use this many training rows only.")] = None,
     validation: Annotated[float | None, typer.Option(help="Share held back to choose the best epoch.")] = None,
@@ -85,10 +87,12 @@ def train(
     from millpond.learn.recipes import read_recipe
     from millpond.learn.run import run
 
+    taught = {"teacher": teacher, "unlabelled": unlabelled}
     changes = {
         "data": _data_changes(corpus, file, test_file, text, label, split),
         "model": {"architecture": model, "options": dict(map(_option, option or []))},
         "training": {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate},
+        "distil": {name: str(path) for name, path in taught.items() if path} or None,
         "seed": seed,
         "train_rows": train_rows,
         "validation": validation,

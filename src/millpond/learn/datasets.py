@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -167,6 +168,17 @@ def read_files(
     if split is not None and not test_path and not rows["test"]:
         raise DataError(f"{path}: no row of column {split!r} says 'test'. Mark the test rows, or leave out --split.")
     return from_rows(name, rows, bad_rows=bad, source=source, seed=seed)
+
+
+def read_texts(path: Path, column: str, most: int | None = None) -> list[str]:
+    """Read the texts of a file, with labels or without; empty and too long ones are left out.
+
+    Raises:
+        DataError: the file cannot be read or lacks the column.
+    """
+    bad = BadRows()
+    unlabelled = ((where, text, "-", None) for where, text, _, _ in _read(path, column, column, None))
+    return [text for _, text, _, _ in islice(_checked(unlabelled, bad), most)]
 
 
 def from_rows(

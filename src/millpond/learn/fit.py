@@ -6,17 +6,21 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from millpond.learn.datasets import Dataset, Split
+from millpond.learn.distil import prepare_lesson
 from millpond.learn.encoded import Encoded
 from millpond.learn.models import ModelOptions, TextModel, build, options_of
 from millpond.learn.recipes import Recipe, hold_back
 from millpond.learn.train import Progress, Training, complete, predict, train
+from millpond.registry import DataSource
 from millpond.schema import JobProgress
+from millpond.settings import default_home
 from millpond.text import TextEncoder
 
 Report = Callable[[JobProgress], None]
@@ -49,6 +53,8 @@ class Trained:
     training: Training
     train_rows: int
     device: torch.device
+    sources: list[DataSource] = field(default_factory=list)
+    """What it learned from besides the recipe's rows: a teacher, unlabelled texts."""
 
 
 def pick_device(name: str) -> torch.device:
@@ -59,18 +65,31 @@ def pick_device(name: str) -> torch.device:
 
 
 def fit(
-    recipe: Recipe, dataset: Dataset, used: Split, device: torch.device, report: Report, watch: Stopwatch
+    recipe: Recipe,
+    dataset: Dataset,
+    used: Split,
+    device: torch.device,
+    report: Report,
+    watch: Stopwatch,
+    home: Path | None = None,
 ) -> Trained:
-    """Train the recipe's model on the rows `used`.
+    """Train the recipe's model on the rows `used`; a teacher's answers are kept in `home` (None: Millpond's own).
 
     Raises:
+        DataError: the recipe's teacher or unlabelled texts cannot be used.
         TrainingError: training cannot go on.
     """
     architecture = recipe.model.architecture
     options = options_of(architecture, recipe.model.options)
+    learned, held = hold_back(recipe, dataset, used)
+    lesson = None
+    if recipe.distil is not None:
+        with watch.stage("teach"):
+            report(JobProgress(stage="data", note=f"asking the teacher {recipe.distil.teacher}"))
+            lesson = prepare_lesson(recipe.distil, dataset, learned, held, device, home or default_home())
+            learned = lesson.split
     with watch.stage("encode"):
-        report(JobProgress(stage="data", note=f"encoding {len(used):,} texts"))
-        learned, held = hold_back(recipe, dataset, used)
+        report(JobProgress(stage="data", note=f"encoding {len(learned):,} texts"))
         encoder = options.learn_encoder(learned.texts)
         encoded = Encoded.of(encoder, learned.texts)
         validation = (Encoded.of(encoder, held.texts), held.labels) if held else None
@@ -92,9 +111,12 @@ def fit(
             complete(recipe.training, architecture, len(learned)),
             device,
             seed=recipe.seed,
+            objective=lesson.objective if lesson else None,
             on_progress=on_progress,
         )
-    return Trained(model, encoder, options, training, len(learned), device)
+    taught = sum(source.rows for source in lesson.sources if source.role == "unlabelled") if lesson else 0
+    sources = lesson.sources if lesson else []
+    return Trained(model, encoder, options, training, len(learned) - taught, device, sources)
 
 
 def answer(model: TextModel, encoder: TextEncoder, texts: Sequence[str], device: torch.device) -> NDArray[np.float32]:

@@ -59,7 +59,7 @@ def do_job(
         corrections = _as_split(read_texts(directory / spec.corrections), dataset.labels)
         heldout = _as_split(read_texts(directory / spec.heldout), dataset.labels)
         used, corrections = training_rows(recipe, dataset, corrections, heldout)
-    trained = fit(recipe, dataset, used, pick_device(device), report, watch)
+    trained = fit(recipe, dataset, used, pick_device(device), report, watch, settings.home)
     if trained.training.interrupted:
         raise JobError("the job was interrupted; start it again.")
     store = Store(Path(spec.registry))
@@ -82,6 +82,7 @@ def do_job(
         data = [
             DataSource(name=dataset.name, digest=dataset.digest, rows=of_corpus, role="train"),
             DataSource(name=dataset.name, digest=dataset.digest, rows=len(dataset.test), role="test"),
+            *trained.sources,
         ]
         for role, split in (("corrections", corrections), ("heldout", heldout)):
             if len(split):

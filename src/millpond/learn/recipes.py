@@ -41,12 +41,30 @@ class ModelTable(_Table, frozen=True, kw_only=True):
     options: dict[str, Any] = {}
 
 
+class DistilTable(_Table, frozen=True, kw_only=True):
+    """`[distil]`: a trained model that teaches the one to be trained, on texts without labels too."""
+
+    teacher: str
+    """A run, or a model directory."""
+    unlabelled: str | None = None
+    """A file of texts; those that are in the test or validation split are left out."""
+    text: str = "text"
+    """Its column with the text."""
+    unlabelled_rows: Annotated[int, Meta(ge=0)] | None = None
+    """How many of its first rows are read; None: all."""
+    temperature: Annotated[float, Meta(ge=0.1, le=100)] = 2.0
+    """What the teacher's and the student's logits are divided by: above 1, its small doubts are learned too."""
+    weight: Annotated[float, Meta(ge=0, le=1)] = 0.5
+    """Of the teacher against the label, where there is one."""
+
+
 class Recipe(_Table, frozen=True, kw_only=True):
     """The whole file; every key has a default but `[data]`."""
 
     data: DataTable
     model: ModelTable = ModelTable()
     training: TrainOptions = TrainOptions()
+    distil: DistilTable | None = None
     seed: int = 0
     train_rows: Annotated[int, Meta(ge=2)] | None = None
     """How many rows of the training split are used, first in a seeded order; None: all. The others are untouched."""
@@ -64,10 +82,11 @@ def read_recipe(path: Path | None, changes: Mapping[str, Any] | None = None) -> 
         ModelError: the model or its options are not known.
     """
     raw = {} if path is None else _read_toml(path)
-    if path is not None and isinstance(data := raw.get("data"), dict):
-        for key in ("file", "test_file"):
-            if isinstance(data.get(key), str):
-                data[key] = str(path.resolve().parent / data[key])
+    for table, keys in (("data", ("file", "test_file")), ("distil", ("teacher", "unlabelled"))):
+        if path is not None and isinstance(named := raw.get(table), dict):
+            for key in keys:
+                if isinstance(named.get(key), str):
+                    named[key] = str(path.resolve().parent / named[key])
     try:
         recipe = msgspec.convert(_overlay({"data": {}} | raw, changes or {}), Recipe)
     except msgspec.ValidationError as error:

@@ -75,7 +75,7 @@ def run(recipe: Recipe, settings: LearnSettings, *, device: str, name: str, out:
         report(JobProgress(stage="data", note=f"reading {recipe.data.corpus or recipe.data.file}"))
         dataset = load_data(recipe, settings)
         used, _ = used_rows(recipe, dataset)
-    trained = fit(recipe, dataset, used, pick_device(device), report, watch)
+    trained = fit(recipe, dataset, used, pick_device(device), report, watch, settings.home)
     with watch.stage("evaluate"):
         report(JobProgress(stage="evaluate", note=f"answering {len(dataset.test):,} test texts"))
         probability = answer(trained.model, trained.encoder, dataset.test.texts, trained.device)
@@ -95,6 +95,7 @@ def run(recipe: Recipe, settings: LearnSettings, *, device: str, name: str, out:
             data=[
                 DataSource(name=dataset.name, digest=dataset.digest, rows=trained.train_rows, role="train"),
                 DataSource(name=dataset.name, digest=dataset.digest, rows=len(dataset.test), role="test"),
+                *trained.sources,
             ],
             lineage=Lineage(seed=recipe.seed),
             sample_texts=dataset.test.texts[:: max(1, len(dataset.test) // 8)],

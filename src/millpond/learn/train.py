@@ -85,6 +85,16 @@ class Training:
     interrupted: bool = False
 
 
+@dataclass(frozen=True)
+class Objective:
+    """What is to be learned where that is more than the labels."""
+
+    targets: NDArray[np.float32]
+    """A row for each text."""
+    loss: Callable[[Tensor, Tensor], Tensor]
+    """From logits [texts, labels] and rows of `targets` to the number to lower."""
+
+
 def train(
     model: TextModel,
     data: Encoded,
@@ -94,11 +104,13 @@ def train(
     device: torch.device,
     *,
     seed: int,
+    objective: Objective | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Training:
     """Train `model` on `device`; it is left there, with the weights of the best epoch on validation (else the last).
 
-    `options` must be complete (see `complete`). Ctrl-C ends the loop early and keeps the best so far.
+    `options` must be complete (see `complete`). Without an objective it is the cross-entropy of the labels. Ctrl-C ends
+    the loop early and keeps the best so far.
 
     Raises:
         TrainingError: the loss is no longer a number.
@@ -110,6 +122,7 @@ def train(
     torch.manual_seed(seed)
     model.to(device).train()
     steps = math.ceil(len(data) / options.batch_size)
+    loss_of = objective.loss if objective else functional.cross_entropy
     optimizer = torch.optim.Adam(model.parameters(), lr=options.learning_rate, foreach=True)
     result = Training()
     best_loss, best_weights = math.inf, None
@@ -123,7 +136,10 @@ def train(
                 batch = torch.from_numpy(model.batch(data.take(chosen))).to(device, non_blocking=True)
                 target = torch.from_numpy(labels[chosen]).to(device, non_blocking=True)
                 logits = model(batch, len(chosen))
-                loss = functional.cross_entropy(logits, target)
+                wanted = target
+                if objective is not None:
+                    wanted = torch.from_numpy(objective.targets[chosen]).to(device, non_blocking=True)
+                loss = loss_of(logits, wanted)
                 optimizer.zero_grad(set_to_none=True)
                 torch.autograd.backward(loss)
                 optimizer.step()
