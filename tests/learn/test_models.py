@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 import torch
 
+from millpond.edge.engine import Engine
 from millpond.learn.datasets import Dataset
 from millpond.learn.encoded import Encoded
 from millpond.learn.export import ExportError, build_graph, read_model, write_model
@@ -83,6 +84,7 @@ def test_the_directory_is_complete_signs_loads_and_its_graph_agrees(
     assert (only_output.name, only_output.type) == ("logits", "tensor(float)")
     (logits,) = session.run(None, {"ids": pad(TextEncoder.from_dir(directory).encode(texts))})
     assert torch.from_numpy(logits).softmax(1).numpy() == pytest.approx(expected, abs=1e-5)
+    Engine(directory, "sha256:" + "0" * 64, threads=1).check_golden(directory)
     golden = [json.loads(line) for line in (directory / "golden.jsonl").read_text().splitlines()]
     assert len(golden) == 12
     assert "" in [answer["text"] for answer in golden]

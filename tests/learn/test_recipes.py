@@ -12,7 +12,16 @@ import pytest
 from millpond import MillpondError
 from millpond.learn.datasets import DataError, Dataset
 from millpond.learn.models import MODELS
-from millpond.learn.recipes import DataTable, ModelTable, Recipe, hold_back, load_data, read_recipe, used_rows
+from millpond.learn.recipes import (
+    DataTable,
+    DistilTable,
+    ModelTable,
+    Recipe,
+    hold_back,
+    load_data,
+    read_recipe,
+    used_rows,
+)
 from millpond.learn.train import DEFAULTS, TrainOptions
 from millpond.settings import LearnSettings
 
@@ -127,19 +136,24 @@ PAGE = Path(__file__).parents[2] / "docs/reference/recipe.md"
 
 def test_every_key_and_default_is_on_the_page() -> None:
     page = PAGE.read_text()
-    structs = (Recipe, DataTable, ModelTable, TrainOptions)
+    structs = (Recipe, DataTable, ModelTable, DistilTable, TrainOptions)
     missing = [key for struct in structs for key in struct.__struct_fields__ if not re.search(rf"\b{key}\b", page)]
     assert not missing
     for architecture, (_, kind) in MODELS.items():
         table = page.partition(f"| `{architecture}` | default")[2].partition("\n\n")[0]
-        rows = dict(re.findall(r"^\| `(\w+)` \| ([\d.]+) \|", table, re.M))
+        rows = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", table, re.M))
         for field in msgspec.structs.fields(kind):
-            if field.name != "max_vocabulary":  # common to all, in the text above the tables
-                assert float(rows[field.name]) == field.default, f"{architecture}: {field.name}"
-    training = dict(re.findall(r"^\| `(\w+)` \| ([\d.]+ \| [\d.]+) \|", page.partition("| training |")[2], re.M))
+            if field.name == "max_vocabulary":  # common to all, in the text above the tables
+                continue
+            said = {"must be given": msgspec.NODEFAULT, "from `pretrained`": "", "true": True}.get(rows[field.name])
+            assert (float(rows[field.name]) if said is None else said) == field.default, f"{architecture}: {field.name}"
+    head, _, *lines = page.partition("| training |")[2].splitlines()
+    columns = re.findall(r"`(\w+)`", head)
+    training = {cells[1].strip(" `"): cells[2:] for cells in (line.split("|") for line in lines) if len(cells) > 2}
     for key in TrainOptions.__struct_fields__:
-        expected = [getattr(DEFAULTS[architecture], key) for architecture in ("ngram", "seqcnn")]
-        assert [float(value) for value in training[key].split(" | ")] == expected, key
+        for architecture, value in zip(columns, training[key], strict=False):
+            assert float(value) == getattr(DEFAULTS[architecture], key), f"{architecture}: {key}"
+    assert columns == list(DEFAULTS)
 
 
 def test_the_recipe_on_the_page_is_one(tmp_path: Path) -> None:
@@ -154,5 +168,11 @@ def test_the_recipe_on_the_page_is_one(tmp_path: Path) -> None:
     whole = re.sub(
         r"^corpus = .*\n", "", block.replace("# file", "file").replace("# test_file", "test_file"), flags=re.M
     )
-    whole = re.sub(r"^# (text|label|split) = ", r"\1 = ", whole, flags=re.M)
-    assert read_recipe(write(tmp_path, whole)).data.split == "split"
+    whole = re.sub(
+        r"^# (\[distil\]|(text|label|split|teacher|temperature|weight|unlabelled\w*) = )", r"\1", whole, flags=re.M
+    )
+    recipe = read_recipe(write(tmp_path, whole))
+    assert recipe.data.split == "split"
+    assert recipe.distil is not None
+    assert recipe.distil.unlabelled_rows == 20_000
+    assert (recipe.distil.temperature, recipe.distil.weight) == (2.0, 0.5)  # the defaults
