@@ -136,6 +136,15 @@ def test_a_config_that_cannot_be_is_refused(config: str, says: str, tmp_path: Pa
         options_of("encoder", {"pretrained": str(tmp_path), "max_words": 65})
 
 
+def test_an_encoder_in_a_recipe_lies_relative_to_it(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        (tmp_path / "mine" / name).write_text("{}")
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('[data]\ncorpus = "imdb"\n[model]\narchitecture = "encoder"\noptions = { pretrained = "mine" }\n')
+    assert read_recipe(recipe).model.options["pretrained"] == str(tmp_path / "mine")
+
+
 def test_code_that_a_config_names_is_never_kept(tmp_path: Path) -> None:
     for name in ("tokenizer.json", "model.safetensors"):
         (tmp_path / name).write_text("")

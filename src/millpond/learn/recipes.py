@@ -82,11 +82,8 @@ def read_recipe(path: Path | None, changes: Mapping[str, Any] | None = None) -> 
         ModelError: the model or its options are not known.
     """
     raw = {} if path is None else _read_toml(path)
-    for table, keys in (("data", ("file", "test_file")), ("distil", ("teacher", "unlabelled"))):
-        if path is not None and isinstance(named := raw.get(table), dict):
-            for key in keys:
-                if isinstance(named.get(key), str):
-                    named[key] = str(path.resolve().parent / named[key])
+    if path is not None:
+        _place(raw, path.resolve().parent)
     try:
         recipe = msgspec.convert(_overlay({"data": {}} | raw, changes or {}), Recipe)
     except msgspec.ValidationError as error:
@@ -94,6 +91,21 @@ def read_recipe(path: Path | None, changes: Mapping[str, Any] | None = None) -> 
         raise DataError(f"{where}: {error}. See docs/how-to/train-on-your-own-text.md.") from error
     check(recipe)
     return recipe
+
+
+def _place(raw: dict[str, Any], directory: Path) -> None:
+    """Have the files and directories that a recipe names lie relative to its own directory."""
+    for table, keys in (("data", ("file", "test_file")), ("distil", ("teacher", "unlabelled"))):
+        if not isinstance(named := raw.get(table), dict):
+            continue
+        for key in keys:
+            if isinstance(named.get(key), str):
+                named[key] = str(directory / named[key])
+    model = raw.get("model")
+    options = model.get("options") if isinstance(model, dict) else None
+    pretrained = options.get("pretrained") if isinstance(options, dict) else None
+    if isinstance(options, dict) and isinstance(pretrained, str) and (directory / pretrained).is_dir():
+        options["pretrained"] = str(directory / pretrained)  # else it is a name
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
