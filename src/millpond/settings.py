@@ -68,6 +68,13 @@ class LearnSettings:
         "Directory with corpora already on this machine.", default=None, shared="MILLPOND_DATA"
     )
     threads: int = _setting("Processor threads for training; 0: as many as there are cores.", default=0)
+    prepared_bytes: int = _setting(
+        "Bytes of prepared data sets kept in prepared/ under the home; those not used for longest go first.",
+        default=20 * 1024**3,
+    )
+    database: str = _setting(
+        "SQLAlchemy URL that a recipe's query goes to, where the recipe names none.", default="", secret=True
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import io
 import json
 import zipfile
@@ -19,8 +20,9 @@ from hypothesis import strategies as st
 
 from millpond import MillpondError
 from millpond.learn import corpora
-from millpond.learn.datasets import DataError, Dataset, from_rows, read_files
+from millpond.learn.datasets import DataError, Dataset, from_rows
 from millpond.learn.fit import Stopwatch, answer, fit
+from millpond.learn.gather import read_files
 from millpond.learn.recipes import DataTable, ModelTable, Recipe, read_recipe
 from millpond.learn.train import TrainOptions
 
@@ -60,6 +62,7 @@ ODD = [
     "é" * 1000,
     "word " * 2000,
     "x" * 100_000,
+    "a long text " * 90_000,
 ]
 
 
@@ -76,6 +79,37 @@ def test_two_rows_are_enough_to_train_on(architecture: str) -> None:
     rows = [("good", "pos"), ("bad", "neg")]
     answers = train_on(from_rows("odd", {"train": rows, "test": rows}), architecture, epochs=60)
     assert answers.argmax(1).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("ending", [".csv", ".tsv", ".jsonl", ".parquet"])
+def test_odd_texts_come_out_of_every_format_as_they_went_in(tmp_path: Path, ending: str) -> None:
+    texts = [text for text in ODD if text != "\ud800"]  # which no UTF-8 file can hold
+    rows = [(text, "ab"[i % 2]) for i, text in enumerate(texts)]
+    path = tmp_path / f"d{ending}"
+    if ending == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts, "label": [label for _, label in rows]}), path)
+    elif ending == ".jsonl":
+        path.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows))
+    else:
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, delimiter="\t" if ending == ".tsv" else ",")
+            writer.writerows([("text", "label"), *rows])
+    dataset = read_files("d", path)
+    assert sorted([*dataset.train.texts, *dataset.test.texts]) == sorted(texts)
+    assert dataset.bad_rows.count == 0
+
+
+def test_a_label_is_the_same_as_a_number_and_as_text(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    labels = [0, "0", 0.0, " 0 ", 1, "1", 1.0, 1.5]
+    path.write_text("".join(json.dumps({"text": f"t{i}", "label": label}) + "\n" for i, label in enumerate(labels * 4)))
+    assert read_files("d", path).labels == ["0", "1", "1.5"]
+
+
+def test_two_rows_without_test_rows_are_refused_as_none_can_be_set_aside(tmp_path: Path) -> None:
+    (tmp_path / "d.csv").write_text("text,label\na,x\nb,y\n")
+    with pytest.raises(DataError, match="none can be set aside"):
+        read_files("d", tmp_path / "d.csv")
 
 
 @pytest.mark.slow
@@ -127,7 +161,7 @@ def test_deeply_nested_json_is_a_bad_row(tmp_path: Path) -> None:
 def test_a_line_longer_than_any_text_is_a_bad_row_and_not_held_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("millpond.learn.datasets.MAX_LINE_BYTES", 100)
+    monkeypatch.setattr("millpond.learn.sources.MAX_LINE_BYTES", 100)
     path = tmp_path / "d.jsonl"
     short = [json.dumps({"text": f"t{i}", "label": i % 2}) for i in range(4)]
     path.write_text("\n".join([*short, json.dumps({"text": "x" * 1000, "label": 1}), *short]) + "\n")
@@ -165,6 +199,28 @@ def test_a_directory_where_a_file_should_be_is_refused(tmp_path: Path) -> None:
     (tmp_path / "d.csv").mkdir()
     with pytest.raises(DataError, match="is not a file"):
         read_files("d", tmp_path / "d.csv")
+
+
+def test_a_link_out_of_a_directory_per_class_is_read_as_the_file_it_names(tmp_path: Path) -> None:
+    for label in ("pos", "neg"):
+        (tmp_path / "d" / label).mkdir(parents=True)
+        for number in range(5):
+            (tmp_path / "d" / label / f"{number}.txt").write_text(f"{label} {number}")
+    (tmp_path / "d" / "pos" / "loop.txt").symlink_to("loop.txt")
+    (tmp_path / "d" / "up").symlink_to("..")
+    with contextlib.suppress(DataError):
+        assert read_files("d", tmp_path / "d").labels == ["neg", "pos"]
+
+
+def test_a_text_file_without_end_is_not_read_whole(tmp_path: Path) -> None:
+    for label in ("pos", "neg"):
+        (tmp_path / "d" / label).mkdir(parents=True)
+        for number in range(5):
+            (tmp_path / "d" / label / f"{number}.txt").write_text(f"{label} {number}")
+    with (tmp_path / "d" / "pos" / "large.txt").open("wb") as file:
+        file.truncate(10 * 2**30)  # ten GiB of nothing
+    dataset = read_files("d", tmp_path / "d")
+    assert [where for where, _ in dataset.bad_rows.first] == ["pos/large.txt"]
 
 
 def test_terminal_escapes_in_a_bad_row_do_not_reach_the_terminal(tmp_path: Path) -> None:

@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import pwd
-import shutil
-import socket
-import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,42 +15,15 @@ from alembic.migration import MigrationContext
 
 from millpond.hub import create_app, promotions
 from millpond.hub.db import metadata
+from postgresql_site import HOW_TO_INSTALL, IS_INSTALLED, postgresql
 
-PROGRAMS = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb")) or [Path(shutil.which("initdb") or "/nowhere")]
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not PROGRAMS[-1].exists(), reason="the PostgreSQL server is not installed (apt: postgresql)"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not IS_INSTALLED, reason=HOW_TO_INSTALL)]
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
-    """A PostgreSQL of our own on loopback; gives its URL without the database's name."""
-    user = "postgres" if os.geteuid() == 0 else pwd.getpwuid(os.geteuid()).pw_name  # it refuses to run as root
-    place = Path(tempfile.mkdtemp(prefix="millpond-pg-"))
-    if os.geteuid() == 0:
-        shutil.chown(place, user)
-    programs = PROGRAMS[-1].parent
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    run_as: dict[str, Any] = {"user": user, "cwd": place} if os.geteuid() == 0 else {"cwd": place}
-    initialize = [programs / "initdb", "-D", place / "data", "-U", "millpond", "-A", "trust", "-E", "UTF8", "--no-sync"]
-    subprocess.run(initialize, check=True, capture_output=True, **run_as)
-    line = [programs / "postgres", "-D", place / "data", "-h", "127.0.0.1", "-p", str(port), "-k", place]
-    with (place / "log").open("wb") as log:
-        process = subprocess.Popen(line, stdout=log, stderr=log, **run_as)
-    try:
-        deadline = time.monotonic() + 30
-        while subprocess.run(
-            [programs / "pg_isready", "-h", "127.0.0.1", "-p", str(port)], capture_output=True
-        ).returncode:
-            assert time.monotonic() < deadline, (place / "log").read_text()
-            time.sleep(0.05)
-        yield f"postgresql+psycopg://millpond@127.0.0.1:{port}"
-    finally:
-        process.terminate()
-        process.wait(20)
-        shutil.rmtree(place)
+    with postgresql() as url:
+        yield url
 
 
 @pytest.fixture

@@ -77,6 +77,24 @@ def test_train_evaluate_export(data: Path, tmp_path: Path) -> None:
     assert json.loads(invoke("export", run, "--name", "mine", "--json"))["version"] == "v2"
 
 
+def test_a_directory_trains_without_leaks_and_the_lineage_says_so(tmp_path: Path) -> None:
+    rows = make_rows(120)
+    for split, members in (("train", rows), ("test", [*make_rows(40, seed=1), *rows[:6]])):
+        for number, (text, label) in enumerate(members):
+            path = tmp_path / "texts" / split / label / f"{number}.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+    run = tmp_path / "run"
+    options = ["--file", tmp_path / "texts", "--drop-leaks", *SMALL, "--out", run, "--json"]
+    summary = json.loads(invoke("train", *options))
+    assert summary["data"]["dropped_leaks"] == 6
+    assert "6 rows whose text is in the test split were dropped" in summary["data"]["source"]
+    assert summary["recipe"]["data"]["drop_leaks"]
+    config = read_model(run / "model")[2]
+    assert config.lineage.dropped_leaks == 6
+    assert {source.digest for source in config.data} == {summary["data"]["digest"]}
+
+
 def test_people_see_a_table_and_where_the_run_is(data: Path, tmp_path: Path) -> None:
     shown = invoke("train", "--file", data, *SMALL, "--out", tmp_path / "run", "--train-rows", 100)
     assert "negative" in shown

@@ -9,7 +9,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from millpond.learn.datasets import DataError, Dataset, Split, from_rows, read_files, shuffled, split_texts
+from millpond.learn.datasets import DataError, Dataset, Split, from_rows, shuffled, split_texts
+from millpond.learn.gather import read_files
 
 ROWS = [
     ("good", "pos"),
@@ -186,3 +187,33 @@ def test_a_split_column_without_test_rows_is_refused(tmp_path: Path) -> None:
 def test_too_many_labels_are_refused() -> None:
     with pytest.raises(DataError, match="Is the label column the right one"):
         from_rows("d", {"train": [(f"text {i}", f"label {i}") for i in range(1001)]})
+
+
+LEAKY = {
+    "train": [(f"text {i}", "ab"[i % 2]) for i in range(20)],
+    "validation": [("text 100", "a"), ("text 101", "b")],
+    "test": [("text 3", "b"), ("text 4", "b"), ("text 101", "b"), ("text 200", "a")],
+}
+
+
+def test_dropping_leaks_takes_them_out_of_training_and_leaves_the_test_whole() -> None:
+    dataset = from_rows("d", LEAKY)
+    clean = dataset.without_leaks()
+    assert clean.test.texts == dataset.test.texts
+    assert clean.train.texts == [text for text, _ in LEAKY["train"] if text not in ("text 3", "text 4")]
+    assert clean.validation is not None
+    assert clean.validation.texts == ["text 100"]
+    assert clean.dropped_leaks == 3
+    assert "3 rows whose text is in the test split were dropped" in clean.source
+    assert clean.digest != dataset.digest
+    assert clean.without_leaks().digest == clean.digest
+
+
+def test_dropping_leaks_that_are_all_of_a_class_is_refused() -> None:
+    with pytest.raises(DataError, match="fewer than two classes are left"):
+        from_rows("d", {"train": [("x", "a"), ("y", "b")], "test": [("y", "b")]}).without_leaks()
+
+
+def test_the_digest_is_the_same_on_every_machine_and_in_every_version() -> None:
+    digest = from_rows("d", {"train": ROWS, "test": [("naïve 🙂 \ud800", "pos")]}).digest
+    assert digest == "sha256:0c6d7f70374a20dfac5deb53b5a9f89dcbff5c7d2872f8cc703a5f638909c28e"

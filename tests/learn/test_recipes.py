@@ -110,7 +110,7 @@ def test_used_and_rest_are_all_training_rows_in_a_seeded_order(small: Dataset) -
     again, _ = used_rows(recipe, small)
     other, _ = used_rows(Recipe(data=DataTable(corpus="small"), train_rows=150, seed=5), small)
     assert (len(used), len(rest)) == (150, 250)
-    assert sorted(used.texts + rest.texts) == sorted(small.train.texts)
+    assert sorted([*used.texts, *rest.texts]) == sorted(small.train.texts)
     assert used.texts == again.texts != other.texts
 
 

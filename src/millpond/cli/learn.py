@@ -24,8 +24,19 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Machine output.")]
 CorpusName = Annotated[str | None, typer.Option("--corpus", help="A named corpus; see `millpond learn data`.")]
-DataFile = Annotated[Path | None, typer.Option("--file", help="A CSV, TSV, JSONL or Parquet file to train on.")]
-TestFile = Annotated[Path | None, typer.Option(help="A second file to test on.")]
+DataFile = Annotated[
+    str | None,
+    typer.Option("--file", help="A CSV, TSV, JSONL or Parquet file, or a directory per class; a path or a URL."),
+]
+TestFile = Annotated[str | None, typer.Option(help="A second file or directory to test on.")]
+Query = Annotated[str | None, typer.Option("--query", help="A SELECT whose rows are the data.")]
+Database = Annotated[
+    str | None,
+    typer.Option("--database", help="SQLAlchemy URL for --query; without it, MILLPOND_LEARN_DATABASE."),
+]
+DropLeaks = Annotated[
+    bool, typer.Option("--drop-leaks", help="Leave out training rows whose text is in the test split.")
+]
 TextColumn = Annotated[str, typer.Option("--text", help="Column with the text.")]
 LabelColumn = Annotated[str, typer.Option("--label", help="Column with the label.")]
 SplitColumn = Annotated[str | None, typer.Option("--split", help="Column that says train, validation or test.")]
@@ -42,14 +53,16 @@ def data(
     text: TextColumn = "text",
     label: LabelColumn = "label",
     split: SplitColumn = None,
+    query: Query = None,
+    database: Database = None,
     as_json: AsJson = False,
 ) -> None:
     """List the named corpora, fetch one (resumed where it was cut), or check a file as training would read it."""
     from millpond.learn import corpora
-    from millpond.learn.datasets import read_files
 
-    if file is not None:
-        _show_dataset(read_files(file.stem, file, test_file, text=text, label=label, split=split), as_json)
+    if file is not None or query is not None:
+        named = _data_changes(None, file, test_file, text, label, split, query, database)
+        _show_dataset(_load(named), as_json)
     elif name is None:
         _list_corpora(as_json)
     elif source is not None:
@@ -68,6 +81,9 @@ def train(
     text: TextColumn = "text",
     label: LabelColumn = "label",
     split: SplitColumn = None,
+    query: Query = None,
+    database: Database = None,
+    drop_leaks: DropLeaks = False,
     model: Annotated[str | None, typer.Option(help="ngram (default), seqcnn, lstm or encoder.")] = None,
     option: Annotated[list[str] | None, typer.Option(help="An option of the model, name=value; repeatable.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Times through the training rows.")] = None,
@@ -89,7 +105,7 @@ def train(
 
     taught = {"teacher": teacher, "unlabelled": unlabelled}
     changes = {
-        "data": _data_changes(corpus, file, test_file, text, label, split),
+        "data": _data_changes(corpus, file, test_file, text, label, split, query, database, drop_leaks),
         "model": {"architecture": model, "options": dict(map(_option, option or []))},
         "training": {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate},
         "distil": {name: str(path) for name, path in taught.items() if path} or None,
@@ -122,6 +138,8 @@ def evaluate(
     text: TextColumn = "text",
     label: LabelColumn = "label",
     split: SplitColumn = None,
+    query: Query = None,
+    database: Database = None,
     device: Device = "auto",
     out: Annotated[Path | None, typer.Option(help="Directory for picture, metrics and worst mistakes.")] = None,
     as_json: AsJson = False,
@@ -130,7 +148,8 @@ def evaluate(
     from millpond.learn.recipes import read_recipe
     from millpond.learn.run import measure
 
-    recipe = read_recipe(recipe_file, {"data": _data_changes(corpus, file, test_file, text, label, split)})
+    changes = _data_changes(corpus, file, test_file, text, label, split, query, database)
+    recipe = read_recipe(recipe_file, {"data": changes})
     directory = model_dir / "model" if (model_dir / "model").is_dir() else model_dir
     dataset, evaluation = measure(directory, recipe, _settings(), device=device, out=out)
     if as_json:
@@ -189,13 +208,40 @@ def _console(*, stderr: bool = False) -> Console:
 
 
 def _data_changes(
-    corpus: str | None, file: Path | None, test_file: Path | None, text: str, label: str, split: str | None
-) -> dict[str, str | None]:
-    """Return what the options change of a recipe's [data]; columns only count where a file is named."""
-    if file is None:
-        return {"corpus": corpus}
-    paths = {"file": str(file.resolve()), "test_file": str(test_file.resolve()) if test_file else None}
-    return {"corpus": corpus, "text": text, "label": label, "split": split} | paths
+    corpus: str | None,
+    file: str | None,
+    test_file: str | None,
+    text: str,
+    label: str,
+    split: str | None,
+    query: str | None,
+    database: str | None,
+    drop_leaks: bool = False,
+) -> dict[str, str | bool | None]:
+    """Return what the options change of a recipe's [data]; columns only count where a file or query is named."""
+    changes: dict[str, str | bool | None] = {"corpus": corpus, "drop_leaks": drop_leaks or None}
+    if file is None and query is None:
+        return changes
+    changes |= {"text": text, "label": label, "split": split, "query": query, "database": database}
+    return changes | {"file": _absolute(file), "test_file": _absolute(test_file)}
+
+
+def _absolute(source: str | None) -> str | None:
+    from millpond.learn.sources import is_url
+
+    return str(Path(source).expanduser().resolve()) if source and not is_url(source) else source
+
+
+def _load(data_changes: dict[str, str | bool | None]) -> Dataset:
+    from millpond.learn.recipes import load_data, read_recipe
+
+    recipe = read_recipe(None, {"data": data_changes})
+    with _console(stderr=True).status(f"reading {recipe.data.source}") as status:
+        return load_data(
+            recipe,
+            _settings(),
+            on_rows=lambda count: status.update(f"reading {recipe.data.source}: {count:,} rows"),
+        )
 
 
 def _option(given: str) -> tuple[str, int | float | str]:

@@ -28,9 +28,10 @@ from millpond.learn.datasets import (
     Split,
     SplitName,
     from_rows,
-    read_files,
 )
 from millpond.learn.download import OnBytes, download
+from millpond.learn.gather import read_files
+from millpond.learn.prepared import PreparedSets
 from millpond.settings import LearnSettings
 
 Rows = dict[SplitName, list[tuple[str, str]]]
@@ -99,7 +100,8 @@ def load(
                 f"If you have it somewhere: millpond learn data {name} --from DIRECTORY."
             ) from error
         found = prepared
-    return replace(_read(corpus, found), name=name, official_test=corpus.official_test)
+    dataset = _read(corpus, found, PreparedSets.of(settings))
+    return replace(dataset, name=name, official_test=corpus.official_test)
 
 
 def place(name: str, settings: LearnSettings) -> Path | None:
@@ -116,7 +118,7 @@ def prepare(name: str, directory: Path, settings: LearnSettings) -> Dataset:
         DataError: there is no such corpus, or what lies there is not it.
     """
     corpus = _known(name)
-    dataset = _read(corpus, directory)
+    dataset = _read(corpus, directory, PreparedSets.of(settings))
     prepared = _prepared(corpus, settings)
     if not prepared.exists():
         _write(prepared, {"train": _named(dataset, dataset.train), "test": _named(dataset, dataset.test)})
@@ -137,12 +139,12 @@ def _prepared(corpus: Corpus, settings: LearnSettings) -> Path:
     return settings.home / "data" / corpus.name
 
 
-def _read(corpus: Corpus, found: Path) -> Dataset:
+def _read(corpus: Corpus, found: Path, sets: PreparedSets) -> Dataset:
     """Read a corpus from a directory in one of the layouts that we know."""
     if found.is_file():
         return from_rows(corpus.name, _imdb_rows(_tar_members(found)), source=str(found))
     if (found / "train.parquet").is_file() and (found / "test.parquet").is_file():
-        dataset = read_files(corpus.name, found / "train.parquet", found / "test.parquet")
+        dataset = read_files(corpus.name, found / "train.parquet", found / "test.parquet", sets=sets)
         return replace(dataset.renamed({"0": "negative", "1": "positive"}), source=str(found))
     if (found / "train").is_dir() and (found / "test").is_dir():
         return from_rows(corpus.name, _imdb_rows(_directory_members(found)), source=str(found))

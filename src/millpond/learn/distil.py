@@ -10,17 +10,19 @@ import hashlib
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import islice
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from millpond.learn.datasets import DataError, Dataset, Split, read_texts, split_digest
+from millpond.learn.datasets import MAX_TEXT_CHARACTERS, DataError, Dataset, Split, split_digest
 from millpond.learn.encoded import Encoded
 from millpond.learn.export import read_model
 from millpond.learn.recipes import DistilTable
+from millpond.learn.sources import Columns, rows_of, shown
 from millpond.learn.train import Objective, predict
 from millpond.registry import DataSource
 
@@ -70,9 +72,9 @@ def prepare_lesson(
     extra: list[str] = []
     if table.unlabelled is not None:
         known = measured | set(learned.texts)
-        found = dict.fromkeys(read_texts(Path(table.unlabelled), table.text, table.unlabelled_rows))
+        found = dict.fromkeys(_unlabelled(table.unlabelled, table.text, table.unlabelled_rows))
         extra = [text for text in found if text not in known]
-    texts = learned.texts + extra
+    texts = [*learned.texts, *extra]
     directory = Path(table.teacher)
     directory = directory / "model" if (directory / "model").is_dir() else directory
     digest = _digest(directory)
@@ -83,11 +85,17 @@ def prepare_lesson(
     sources = [DataSource(name=name, digest=f"sha256:{digest}", rows=len(texts), role="teacher")]
     if extra:
         taught = Split(extra, hard[len(learned) :])
-        path = Path(table.unlabelled or "")
+        name = PurePosixPath(shown(table.unlabelled or "")).stem
         sources.append(
-            DataSource(name=path.stem, digest=f"sha256:{split_digest(taught)}", rows=len(extra), role="unlabelled")
+            DataSource(name=name, digest=f"sha256:{split_digest(taught)}", rows=len(extra), role="unlabelled")
         )
     return Lesson(Split(texts, hard), distillation(hard, answers, weight, table.temperature), sources)
+
+
+def _unlabelled(source: str, column: str, most: int | None) -> list[str]:
+    """Return the texts of a source, with labels or without; empty and too long ones are left out."""
+    found = (text for _, text, _, _ in rows_of(source, Columns(column, column)) if isinstance(text, str))
+    return list(islice((text for text in found if text.strip() and len(text) <= MAX_TEXT_CHARACTERS), most))
 
 
 def _digest(directory: Path) -> str:

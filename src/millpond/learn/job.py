@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from millpond.learn.datasets import DataError, Dataset, Split, read_lines, split_digest
+from millpond.learn.datasets import DataError, Dataset, Split, split_digest
 from millpond.learn.evaluate import evaluate, paired
 from millpond.learn.export import read_model, write_model
 from millpond.learn.fit import Report, Stopwatch, answer, fit, pick_device
 from millpond.learn.recipes import Recipe, load_data, read_recipe, used_rows
 from millpond.learn.run import set_threads
+from millpond.learn.sources import read_lines
 from millpond.registry import DataSource, Lineage, Store, sign
 from millpond.schema import MAX_CORRECTION_BYTES, JobProgress, JobResult, JobSpec, LabelledText
 from millpond.settings import LearnSettings
@@ -99,7 +100,12 @@ def do_job(
             labels=dataset.labels,
             metrics={f"test_{key}": value for key, value in evaluation.metrics.items()},
             data=data,
-            lineage=Lineage(parent=spec.champion, corrections=len(corrections), seed=recipe.seed),
+            lineage=Lineage(
+                parent=spec.champion,
+                corrections=len(corrections),
+                seed=recipe.seed,
+                dropped_leaks=dataset.dropped_leaks,
+            ),
             sample_texts=dataset.test.texts[:: max(1, len(dataset.test) // 8)],
         )
         with watch.stage("register"):
@@ -162,19 +168,15 @@ def training_rows(recipe: Recipe, dataset: Dataset, corrections: Split, heldout:
 
     A correction outranks the corpus: rows with its text are left out.
     """
-    measured = set(dataset.test.texts) | set(heldout.texts)
-    fresh = np.flatnonzero([label >= 0 and text not in measured for text, label in _pairs(corrections)])
-    corrections = corrections.take(fresh)
-    corrected = set(corrections.texts) | set(heldout.texts)
+    measured = np.concatenate([dataset.test.texts.keys, heldout.texts.keys])
+    fresh = (corrections.labels >= 0) & ~np.isin(corrections.texts.keys, measured)
+    corrections = corrections.take(np.flatnonzero(fresh))
+    corrected = np.concatenate([corrections.texts.keys, heldout.texts.keys])
     used, _ = used_rows(recipe, dataset)
-    used = used.take(np.flatnonzero([text not in corrected for text in used.texts]))
+    used = used.take(np.flatnonzero(~np.isin(used.texts.keys, corrected)))
     for _ in range(recipe.correction_weight):
         used = used.with_rows(corrections)
     return used, corrections
-
-
-def _pairs(split: Split) -> zip[tuple[str, int]]:
-    return zip(split.texts, split.labels.tolist(), strict=True)
 
 
 def _as_split(texts: list[LabelledText], labels: list[str]) -> Split:

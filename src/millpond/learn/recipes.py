@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
 
 from millpond.learn import corpora
-from millpond.learn.datasets import DataError, Dataset, Split, read_files, shuffled, split_texts
+from millpond.learn.datasets import DataError, Dataset, Split, shuffled, split_texts
+from millpond.learn.gather import OnRows, read_files, read_query
 from millpond.learn.models import options_of
+from millpond.learn.prepared import PreparedSets
+from millpond.learn.sources import is_url, shown
 from millpond.learn.train import TrainOptions
 from millpond.settings import LearnSettings
 
@@ -24,14 +27,25 @@ class _Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class DataTable(_Table, frozen=True, kw_only=True):
-    """`[data]`: a named corpus, or a file with its columns (and maybe a second file to test on)."""
+    """`[data]`: a named corpus, a file or directory (and maybe a second one to test on), or a query."""
 
     corpus: str | None = None
     file: str | None = None
+    """A path or URL."""
     test_file: str | None = None
+    query: str | None = None
+    database: str | None = None
+    """SQLAlchemy URL for `query`; None: MILLPOND_LEARN_DATABASE."""
     text: str = "text"
     label: str = "label"
     split: str | None = None
+    drop_leaks: bool = False
+    """Leave out training rows whose text is in the test split."""
+
+    @property
+    def source(self) -> str:
+        """Return what is read, for people, without credentials."""
+        return self.corpus or (shown(self.file) if self.file else "the rows of a query")
 
 
 class ModelTable(_Table, frozen=True, kw_only=True):
@@ -83,7 +97,7 @@ def read_recipe(path: Path | None, changes: Mapping[str, Any] | None = None) -> 
     """
     raw = {} if path is None else _read_toml(path)
     if path is not None:
-        _place(raw, path.resolve().parent)
+        _place(raw, path)
     try:
         recipe = msgspec.convert(_overlay({"data": {}} | raw, changes or {}), Recipe)
     except msgspec.ValidationError as error:
@@ -93,19 +107,28 @@ def read_recipe(path: Path | None, changes: Mapping[str, Any] | None = None) -> 
     return recipe
 
 
-def _place(raw: dict[str, Any], directory: Path) -> None:
-    """Have the files and directories that a recipe names lie relative to its own directory."""
-    for table, keys in (("data", ("file", "test_file")), ("distil", ("teacher", "unlabelled"))):
+def _place(raw: dict[str, Any], path: Path) -> None:
+    """Have the sources and directories that a recipe names lie relative to its own directory."""
+    for table, keys in (("data", ("file", "test_file", "database")), ("distil", ("teacher", "unlabelled"))):
         if not isinstance(named := raw.get(table), dict):
             continue
         for key in keys:
             if isinstance(named.get(key), str):
-                named[key] = str(directory / named[key])
+                named[key] = _beside(path, named[key])
+    directory = path.resolve().parent
     model = raw.get("model")
     options = model.get("options") if isinstance(model, dict) else None
     pretrained = options.get("pretrained") if isinstance(options, dict) else None
     if isinstance(options, dict) and isinstance(pretrained, str) and (directory / pretrained).is_dir():
         options["pretrained"] = str(directory / pretrained)  # else it is a name
+
+
+def _beside(recipe: Path, source: str) -> str:
+    """Return a path (or SQLite's URL of one) relative to the recipe's directory, any other URL as it is."""
+    file = source.removeprefix("sqlite:///")
+    if file != source and file and not file.startswith("file:") and file != ":memory:":
+        return f"sqlite:///{recipe.resolve().parent / file}"
+    return source if is_url(source) else str(recipe.resolve().parent / source)
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -141,22 +164,52 @@ def check(recipe: Recipe) -> None:
         ModelError: the model or its options are not known.
     """
     data = recipe.data
-    if (data.corpus is None) == (data.file is None):
-        raise DataError("a recipe's [data] names either a corpus or a file: set exactly one of `corpus` and `file`.")
+    if [data.corpus, data.file, data.query].count(None) != 2:
+        raise DataError(
+            "a recipe's [data] names a corpus, a file or a query: set exactly one of `corpus`, `file` and `query`."
+        )
     if data.corpus is not None and (data.test_file or data.split):
         raise DataError("a corpus has its own splits: `test_file` and `split` go with `file`.")
+    if data.query is None and data.database is not None:
+        raise DataError("`database` goes with `query`.")
+    if data.query is not None and data.test_file:
+        raise DataError("`test_file` goes with `file`; rows of a query are split by the column that `split` names.")
     options_of(recipe.model.architecture, recipe.model.options)
 
 
-def load_data(recipe: Recipe, settings: LearnSettings) -> Dataset:
-    """Return the recipe's dataset, fetched if it is not here yet."""
+def shown_recipe(recipe: Recipe) -> dict[str, Any]:
+    """Return a recipe in plain values, without what is secret in a URL."""
+    plain: dict[str, Any] = msgspec.to_builtins(recipe)
+    data = plain["data"]
+    for key in ("file", "test_file", "database"):
+        data[key] = data[key] and shown(data[key])
+    return plain
+
+
+def load_data(recipe: Recipe, settings: LearnSettings, *, on_rows: OnRows = lambda count: None) -> Dataset:
+    """Return the recipe's dataset, fetched if it is not here yet, and without leaks if it says so.
+
+    Raises:
+        DataError: it cannot be read or cannot train a model.
+    """
     data = recipe.data
+    how: dict[str, Any] = {"text": data.text, "label": data.label, "split": data.split, "seed": recipe.seed}
+    how |= {"sets": PreparedSets.of(settings), "on_rows": on_rows}
     if data.corpus is not None:
-        return corpora.load(data.corpus, settings)
-    assert data.file is not None  # check() has seen to it
-    path = Path(data.file)
-    test = Path(data.test_file) if data.test_file else None
-    return read_files(path.stem, path, test, text=data.text, label=data.label, split=data.split, seed=recipe.seed)
+        dataset = corpora.load(data.corpus, settings)
+    elif data.query is not None:
+        database = data.database or settings.database
+        if not database:
+            raise DataError(
+                "a query needs a database: set `database` beside it to a SQLAlchemy URL, or MILLPOND_LEARN_DATABASE, "
+                "or MILLPOND_LEARN_DATABASE_FILE to a file that holds it."
+            )
+        dataset = read_query("query", database, data.query, **how)
+    else:
+        assert data.file is not None  # check() has seen to it
+        name = PurePath(shown(data.file)).stem or "data"
+        dataset = read_files(name, data.file, data.test_file, **how)
+    return dataset.without_leaks() if data.drop_leaks else dataset
 
 
 def used_rows(recipe: Recipe, dataset: Dataset) -> tuple[Split, Split]:

@@ -16,7 +16,7 @@ from millpond.learn.datasets import DataError, Dataset, Split
 from millpond.learn.evaluate import Evaluation, evaluate
 from millpond.learn.export import read_model, write_model
 from millpond.learn.fit import Report, Stopwatch, Trained, answer, fit, pick_device
-from millpond.learn.recipes import Recipe, load_data, used_rows
+from millpond.learn.recipes import Recipe, load_data, shown_recipe, used_rows
 from millpond.registry import DataSource, Lineage
 from millpond.schema import JobProgress
 from millpond.settings import LearnSettings
@@ -44,10 +44,11 @@ class Run:
                 "source": self.dataset.source,
                 "official_test": self.dataset.official_test,
                 "bad_rows": self.dataset.bad_rows.count,
+                "dropped_leaks": self.dataset.dropped_leaks,
                 "train_rows": self.trained.train_rows,
                 "test_rows": len(self.dataset.test),
             },
-            "recipe": msgspec.to_builtins(self.recipe),
+            "recipe": shown_recipe(self.recipe),
             "device": str(self.trained.device),
             "epochs": [asdict(epoch) for epoch in training.epochs],
             "best_epoch": training.best,
@@ -72,8 +73,11 @@ def run(recipe: Recipe, settings: LearnSettings, *, device: str, name: str, out:
     set_threads(settings)
     watch = Stopwatch()
     with watch.stage("data"):
-        report(JobProgress(stage="data", note=f"reading {recipe.data.corpus or recipe.data.file}"))
-        dataset = load_data(recipe, settings)
+        note = f"reading {recipe.data.source}"
+        report(JobProgress(stage="data", note=note))
+        dataset = load_data(
+            recipe, settings, on_rows=lambda count: report(JobProgress(stage="data", note=f"{note}, {count:,} rows"))
+        )
         used, _ = used_rows(recipe, dataset)
     trained = fit(recipe, dataset, used, pick_device(device), report, watch, settings.home)
     with watch.stage("evaluate"):
@@ -97,7 +101,7 @@ def run(recipe: Recipe, settings: LearnSettings, *, device: str, name: str, out:
                 DataSource(name=dataset.name, digest=dataset.digest, rows=len(dataset.test), role="test"),
                 *trained.sources,
             ],
-            lineage=Lineage(seed=recipe.seed),
+            lineage=Lineage(seed=recipe.seed, dropped_leaks=dataset.dropped_leaks),
             sample_texts=dataset.test.texts[:: max(1, len(dataset.test) // 8)],
         )
     done = Run(directory, recipe, dataset, trained, evaluation, watch)

@@ -102,6 +102,8 @@ class Lineage(msgspec.Struct, frozen=True, kw_only=True):
     """Manifest digest of the champion that it was to replace."""
     corrections: int = 0
     seed: int = 0
+    dropped_leaks: int = 0
+    """Training rows of the corpus left out because their text is in the test split."""
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):

@@ -17,11 +17,18 @@ def log_count_ratio(
     Wang and Manning, "Baselines and Bigrams", ACL 2012.
     """
     rows, columns = shape
-    owner = np.repeat(labels, data.lengths)
-    all_R = np.bincount(data.ids, minlength=rows)
+
+    def count(label: int | None) -> NDArray[np.int64]:
+        counts_R = np.zeros(rows, np.int64)
+        for texts, part in data.parts():
+            chosen = slice(None) if label is None else np.repeat(labels[texts] == label, part.lengths)
+            counts_R += np.bincount(part.ids[chosen], minlength=rows)
+        return counts_R
+
+    all_R = count(None)
     ratio_RK = np.empty((rows, columns), np.float32)
     for column in range(columns):
-        inside_R = np.bincount(data.ids[owner == (1 if columns == 1 else column)], minlength=rows)
+        inside_R = count(1 if columns == 1 else column)
         p_R, q_R = inside_R + smoothing, all_R - inside_R + smoothing
         ratio_RK[:, column] = np.log(p_R / p_R.sum()) - np.log(q_R / q_R.sum())
     ratio_RK[all_R == 0] = 0.0
