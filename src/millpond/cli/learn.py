@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich import progress
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from millpond.settings import LearnSettings, load
@@ -18,6 +19,7 @@ from millpond.settings import LearnSettings, load
 if TYPE_CHECKING:
     from millpond.learn.datasets import Dataset
     from millpond.learn.evaluate import Evaluation
+    from millpond.learn.inspect import Inspection
     from millpond.schema import JobProgress
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
@@ -70,6 +72,45 @@ def data(
     else:
         with _fetching(name) as on_bytes:
             _show_dataset(corpora.load(name, _settings(), on_bytes=on_bytes), as_json)
+
+
+@app.command()
+def inspect(
+    source: Annotated[
+        str, typer.Argument(help="A corpus, a file or directory (path or URL), or with --query a database.")
+    ],
+    test_file: TestFile = None,
+    text: TextColumn = "text",
+    label: LabelColumn = "label",
+    split: SplitColumn = None,
+    query: Query = None,
+    drop_leaks: DropLeaks = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Leave out near-duplicates and label errors.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write the page with pictures and rows to look at here.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Look at data before training on it: balance, lengths, languages, repeats, leaks, likely label errors."""
+    from millpond.learn import corpora
+    from millpond.learn.inspect import inspect as look_at
+
+    corpus, database = (source, None) if source in corpora.CORPORA else (None, source if query else None)
+    file = None if corpus or database else source
+    dataset = _load(_data_changes(corpus, file, test_file, text, label, split, query, database, drop_leaks))
+    with _Counting() as on_progress:
+        inspection = look_at(dataset, quick=quick, on_progress=on_progress)
+    if html is not None:
+        from millpond.learn.inspection_page import write_page
+
+        write_page(inspection, html)
+    if as_json:
+        from msgspec import to_builtins
+
+        typer.echo(json.dumps(to_builtins(inspection), indent=2))
+        return
+    _show_inspection(inspection)
+    _show_bad_rows(dataset)
+    if html is not None:
+        _console().print(f"Page: {html}")
 
 
 @app.command()
@@ -340,6 +381,81 @@ def _show_dataset(dataset: Dataset, as_json: bool) -> None:
         table.add_row(name, f"{sum(by_label.values()):,}", shares + (", …" if len(by_label) > 10 else ""))
     _console().print(table, f"{dataset.name} {dataset.digest}\nfrom {dataset.source}", sep="\n")
     _show_bad_rows(dataset)
+
+
+class _Counting:
+    """Shows on stderr what an inspection looks at, how far it is, and what is left."""
+
+    def __enter__(self) -> Callable[[str, int, int], None]:
+        console = _console(stderr=True)
+        self._bar = progress.Progress(
+            progress.TextColumn("{task.description:<16}"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task("texts", total=None)
+        self._what = ""
+        self._bar.start()
+        return self._report
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._bar.stop()
+
+    def _report(self, what: str, done: int, total: int) -> None:
+        if what != self._what:
+            self._what = what
+            self._bar.reset(self._task, description=what, total=total)
+            if self._bar.disable:
+                typer.echo(f"looking at {what}", err=True)
+        self._bar.update(self._task, completed=done)
+
+
+def _show_inspection(it: Inspection) -> None:
+    console = _console()
+    table = Table("split", "rows", "labels", "words: 5 %, median, 95 %, most", "repeated")
+    for name, figures in it.splits.items():
+        largest = sorted(figures.labels.items(), key=lambda pair: -pair[1])
+        shares = ", ".join(f"{escape(label)} {count / max(1, figures.rows):.1%}" for label, count in largest[:8])
+        words = figures.words
+        lengths = f"{words.p05:,}  {words.median:,}  {words.p95:,}  {words.most:,}"
+        more = f", … {len(largest):,} labels" if len(largest) > 8 else ""
+        table.add_row(name, f"{figures.rows:,}", shares + more, lengths, f"{figures.repeated:,}")
+    console.print(table, f"{it.name} {it.digest}\nfrom {it.source}", sep="\n", soft_wrap=True)
+    found = Table("what", "how many", show_header=False)
+    for leak in it.leaks:
+        found.add_row(f"texts of {leak.split} that are in {leak.of} too", f"{leak.texts:,} ({leak.rows:,} rows)")
+    found.add_row("texts with different labels in different rows", f"{it.conflicting:,}")
+    for trait, count in it.traits.items():
+        found.add_row(f"texts: {trait}", f"{count:,}")
+    if it.languages is not None:
+        told = sum(it.languages.values())
+        shares = ", ".join(f"{language} {count / told:.1%}" for language, count in list(it.languages.items())[:6])
+        found.add_row(f"languages of {told:,} texts", shares)
+    if it.near_duplicates is not None:
+        near = it.near_duplicates
+        groups = f"{near.texts:,} in {near.groups:,} groups; {near.across:,} of test near one of train"
+        found.add_row(f"near-duplicates among {near.compared:,} texts", groups)
+    if it.label_errors is not None:
+        found.add_row(f"labels likely wrong among {it.label_errors.rows:,} rows", f"{it.label_errors.likely:,}")
+    console.print(found)
+    if it.label_errors is not None and it.label_errors.examples:
+        suspects = Table("train row", "label", "likely", "text", title="Labels to look at first", title_justify="left")
+        for error in it.label_errors.examples[:5]:
+            shown = escape(" ".join(_printable(error.example.text).split())[:160])
+            row = f"{error.example.row:,}"
+            suspects.add_row(
+                row, escape(error.example.label), f"{escape(error.suggested)} {error.probability:.1%}", shown
+            )
+        console.print(suspects)
+
+
+def _printable(text: str) -> str:
+    """Return a text without what would move a terminal's cursor or turn its direction."""
+    return "".join(character if character.isprintable() else " " for character in text)
 
 
 def _show_bad_rows(dataset: Dataset) -> None:

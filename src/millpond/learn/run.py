@@ -76,7 +76,9 @@ def run(recipe: Recipe, settings: LearnSettings, *, device: str, name: str, out:
         note = f"reading {recipe.data.source}"
         report(JobProgress(stage="data", note=note))
         dataset = load_data(
-            recipe, settings, on_rows=lambda count: report(JobProgress(stage="data", note=f"{note}, {count:,} rows"))
+            recipe,
+            settings,
+            on_rows=lambda count: report(JobProgress(stage="data", done=count, note=f"{note}, {count:,} rows")),
         )
         used, _ = used_rows(recipe, dataset)
     trained = fit(recipe, dataset, used, pick_device(device), report, watch, settings.home)
