@@ -5,7 +5,6 @@ The array lies in memory, or in a mapped file without a name where the texts the
 
 from __future__ import annotations
 
-import itertools
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,8 +16,8 @@ from numpy.typing import NDArray
 from millpond.learn.texts import Texts
 from millpond.text import TextEncoder
 
-BLOCK = 8192
-"""Texts encoded before their ids are put away."""
+BLOCK_CHARACTERS = 4 * 1024 * 1024
+"""Characters of text that are encoded before their ids are put away: a few thousand texts, or one that is very long."""
 PART_IDS = 2**24
 """Ids that are counted at once."""
 
@@ -36,8 +35,7 @@ class Encoded:
         lengths: list[NDArray[np.int64]] = []
 
         def blocks() -> Iterator[NDArray[np.int32]]:
-            waiting = iter(texts)
-            while block := list(itertools.islice(waiting, BLOCK)):
+            for block in _blocks(texts):
                 ids, starts = encoder.encode_flat(block)
                 lengths.append(np.diff(starts))
                 yield ids.astype(np.int32)
@@ -81,6 +79,19 @@ class Encoded:
         matrix = np.zeros((len(self), int(self.lengths.max(initial=1))), np.int32)
         matrix[np.arange(matrix.shape[1]) < self.lengths[:, None]] = self.ids
         return matrix
+
+
+def _blocks(texts: Iterable[str]) -> Iterator[list[str]]:
+    block: list[str] = []
+    characters = 0
+    for text in texts:
+        block.append(text)
+        characters += len(text)
+        if characters >= BLOCK_CHARACTERS:
+            yield block
+            block, characters = [], 0
+    if block:
+        yield block
 
 
 def _starts(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
