@@ -19,7 +19,6 @@ from millpond.learn.encoded import Encoded
 from millpond.learn.models import build, options_of
 from millpond.learn.texts import numbered
 from millpond.learn.train import TrainOptions, complete, predict, train
-from millpond.text import TextEncoder
 
 FOLDS = 5
 MOST_ROWS = 50_000
@@ -83,7 +82,7 @@ def out_of_fold(split: Split, labels: int, on_fold: Callable[[int, int], None]) 
     fold = (np.random.default_rng(0).permutation(len(first)) % FOLDS)[number]  # repeated texts share a fold
     on_fold(0, FOLDS + 1)
     options = options_of("ngram", OPTIONS)
-    encoder = TextEncoder.learn(split.texts, options.text_config(), min_count=2, max_vocabulary=options.max_vocabulary)
+    encoder = options.learn_encoder(split.texts)
     encoded = Encoded.of(encoder, split.texts)
     probability = np.full((len(split), labels), 1 / labels, np.float32)
     device = torch.device("cpu")
