@@ -127,6 +127,8 @@ class JobSpec(Message, frozen=True, kw_only=True):
     """Accepted corrections to train on."""
     heldout: str = "heldout.jsonl"
     """Accepted corrections that never train: promotion is measured on them."""
+    checkpoints: str = "checkpoints"
+    """Directory, relative to the job's, where training leaves what it resumes from when the job is tried again."""
 
 
 class LabelledText(Message, frozen=True, kw_only=True):

@@ -75,6 +75,9 @@ class LearnSettings:
     database: str = _setting(
         "SQLAlchemy URL that a recipe's query goes to, where the recipe names none.", default="", secret=True
     )
+    checkpoint_s: float = _setting(
+        "Seconds between two checkpoints of a training, from which it resumes; 0: none.", default=30.0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 
 import numpy as np
@@ -12,7 +13,8 @@ from millpond.learn import train as train_module
 from millpond.learn.datasets import Dataset
 from millpond.learn.encoded import Encoded
 from millpond.learn.models import TextModel, build, options_of
-from millpond.learn.train import Progress, TrainingError, TrainOptions, complete, predict, train
+from millpond.learn.state import Epoch
+from millpond.learn.train import Progress, TrainingError, TrainOptions, complete, predict, rate_at, train
 from millpond.text import TextEncoder
 
 CPU = torch.device("cpu")
@@ -133,8 +135,144 @@ def test_progress_counts_texts_and_ends_at_the_last_step(small: Dataset) -> None
 
 def test_a_loss_that_is_no_number_ends_training_with_advice(small: Dataset) -> None:
     model, data, _ = fresh(small, "seqcnn")
-    with pytest.raises(TrainingError, match="Lower the learning rate"):
+    with pytest.raises(TrainingError, match="Lower the learning rate") as caught:
         train(model, data, small.train.labels, None, options(learning_rate=1e30), CPU, seed=0)
+    for said in ("at step 2 of epoch 1", "the learning rate was 1e+30", "--learning-rate 1e+29", "--clip-norm 1"):
+        assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("validated", [False, True])
+def test_a_loss_that_is_no_number_later_keeps_the_best_epoch(small: Dataset, validated: bool) -> None:
+    """A weight becomes NaN in the third epoch."""
+    model, data, encoder = fresh(small, "seqcnn", dropout=0.0)
+    held = (Encoded.of(encoder, small.test.texts), small.test.labels) if validated else None
+    kept: list[torch.Tensor] = []
+    weight = model.get_parameter("linear.weight")
+
+    def poison(epoch: Epoch) -> None:
+        kept.append(weight.detach().clone())
+        if epoch.epoch == 2:
+            model.register_forward_pre_hook(spoil)
+
+    def spoil(*_: object) -> None:
+        if model.training:
+            with torch.no_grad():
+                weight[0, 0] = torch.nan
+
+    result = train(model, data, small.train.labels, held, options(epochs=5), CPU, seed=0, on_epoch=poison)
+    assert (result.ended, len(result.epochs)) == ("diverged", 2)
+    assert "the loss is no longer a number: at step 1 of epoch 3" in result.error
+    assert torch.equal(model.get_parameter("linear.weight"), kept[result.best - 1])
+
+
+def test_weights_that_are_no_numbers_after_the_last_step_are_no_success(small: Dataset) -> None:
+    """The loss of the only step is fine; what the step leaves is not."""
+    model, data, _ = fresh(small, "seqcnn")
+    how = options(epochs=1, batch_size=400)
+    model.get_parameter("linear.bias").register_hook(lambda gradient: gradient * torch.inf)
+    with pytest.raises(TrainingError, match="a weight is no longer a number"):
+        train(model, data, small.train.labels, None, how, CPU, seed=0)
+
+
+def test_training_stops_when_validation_gets_no_better(small: Dataset) -> None:
+    """Validation labels are the wrong way round, so each epoch is worse than the first."""
+    model, data, encoder = fresh(small)
+    held = (Encoded.of(encoder, small.test.texts), 1 - small.test.labels)
+    result = train(model, data, small.train.labels, held, options(epochs=50, patience=2), CPU, seed=0)
+    assert (result.ended, result.best, len(result.epochs)) == ("early", 1, 3)
+    losses = -np.log(predict(model, held[0], CPU)[np.arange(len(held[1])), held[1]]).mean()
+    assert losses == pytest.approx(result.epochs[0].validation_loss, abs=1e-5)
+
+
+def test_patience_without_validation_is_refused(small: Dataset) -> None:
+    model, data, _ = fresh(small)
+    with pytest.raises(TrainingError, match="set --validation above 0"):
+        train(model, data, small.train.labels, None, options(patience=2), CPU, seed=0)
+
+
+def test_the_learning_rate_warms_up_and_falls() -> None:
+    def rates(schedule: str, warmup: float) -> list[float]:
+        how = options(learning_rate=1.0, schedule=schedule, warmup=warmup)
+        return [round(rate_at(step, 10, how), 4) for step in range(10)]
+
+    assert rates("constant", 0.0) == [1.0] * 10
+    assert rates("constant", 0.4) == [0.25, 0.5, 0.75] + [1.0] * 7
+    assert rates("linear", 0.0) == [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
+    assert rates("linear", 0.2)[:3] == [0.5, 1.0, 1.0]
+    assert rates("cosine", 0.0)[5] == 0.5
+    assert rates("cosine", 0.0)[-1] == round((1 + math.cos(math.pi * 0.9)) / 2, 4)
+
+
+def test_the_schedule_reaches_the_optimizer(small: Dataset) -> None:
+    model, data, _ = fresh(small)
+    how = options(epochs=4, schedule="linear", warmup=0.1)
+    result = train(model, data, small.train.labels, None, how, CPU, seed=0)
+    assert [epoch.learning_rate for epoch in result.epochs] == [
+        pytest.approx(rate_at(8 * epoch - 1, 32, how)) for epoch in (1, 2, 3, 4)
+    ]
+
+
+def test_only_gradients_that_are_too_long_are_clipped(small: Dataset) -> None:
+    tables = []
+    for clip_norm in (0.0, 1e9, 1e-3):
+        model, data, _ = fresh(small)
+        train(model, data, small.train.labels, None, options(clip_norm=clip_norm), CPU, seed=0)
+        tables.append(model.weights()["table"])
+    assert torch.equal(tables[0], tables[1])
+    assert not torch.equal(tables[0], tables[2])
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_mixed_precision_learns_and_leaves_float32(small: Dataset, precision: str) -> None:
+    model, data, encoder = fresh(small, "seqcnn")
+    seen = set()
+    model.convolutions[0].register_forward_hook(lambda *found: seen.add(found[2].dtype))  # type: ignore[index,union-attr]
+    train(model, data, small.train.labels, None, options(epochs=4, precision=precision), CPU, seed=0)
+    assert seen == {getattr(torch, precision)}
+    assert {tensor.dtype for tensor in model.weights().values()} == {torch.float32}
+    answers = predict(model, Encoded.of(encoder, small.test.texts), CPU).argmax(1)
+    assert (answers == small.test.labels).mean() > 0.95
+
+
+def test_batches_by_length_learn_as_well_with_less_padding(small: Dataset) -> None:
+    shares = []
+    for by_length in (False, True):
+        model, data, encoder = fresh(small, "seqcnn")
+        how = options(epochs=4, batch_size=20, by_length=by_length)
+        result = train(model, data, small.train.labels, None, how, CPU, seed=0)
+        shares.append(result.epochs[-1].padding)
+        answers = predict(model, Encoded.of(encoder, small.test.texts), CPU).argmax(1)
+        assert (answers == small.test.labels).mean() > 0.95
+    assert shares[0] > 0.3
+    assert shares[1] < 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_compiled_step_learns_the_same_and_one_that_cannot_be_compiled_says_so(
+    small: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dynamo traces for real; in the place of its C++ is what it traced, and then a compiler that is missing."""
+    losses = []
+    compiler = torch.compile
+    for backend in (None, "eager"):
+        monkeypatch.setattr(torch, "compile", lambda function, backend=backend: compiler(function, backend=backend))
+        model, data, _ = fresh(small, "seqcnn", dropout=0.0)
+        result = train(model, data, small.train.labels, None, options(compile=bool(backend)), CPU, seed=0)
+        losses.append([epoch.loss for epoch in result.epochs])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+    def no_compiler(*_: object) -> None:
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(torch, "compile", lambda function: compiler(function, backend=no_compiler))
+    with pytest.raises(TrainingError, match=r"no C\+\+ compiler.*Train without --compile"):
+        train(model, data, small.train.labels, None, options(compile=True), CPU, seed=0)
+
+
+def test_a_model_that_pads_nothing_has_no_padding(small: Dataset) -> None:
+    model, data, _ = fresh(small)
+    assert train(model, data, small.train.labels, None, options(), CPU, seed=0).epochs[0].padding == 0.0
 
 
 def test_few_rows_get_small_batches_unless_one_is_given() -> None:

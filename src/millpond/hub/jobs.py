@@ -176,6 +176,7 @@ def prepare(hub: Hub, number: int, attempt: int, now: float) -> Path:
             registry=str(hub.store.root.absolute()),
             private_key=str(hub.registry.private_key_path.absolute()),
             champion=hub.tags().get(CHAMPION),
+            checkpoints="../checkpoints",  # beside the attempts: the next one resumes where this one ended
         )
         try:
             shutil.rmtree(place, ignore_errors=True)

@@ -8,16 +8,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from millpond.learn.datasets import Dataset, Split
+from millpond.learn.checkpoint import Checkpoints, Fingerprint
+from millpond.learn.datasets import Dataset, Split, split_digest
 from millpond.learn.distil import prepare_lesson
 from millpond.learn.encoded import Encoded
 from millpond.learn.models import ModelOptions, TextModel, build, options_of
 from millpond.learn.recipes import Recipe, hold_back
-from millpond.learn.train import Progress, Training, complete, predict, train
+from millpond.learn.state import Epoch
+from millpond.learn.train import Progress, Training, TrainOptions, complete, predict, train
 from millpond.registry import DataSource
 from millpond.schema import JobProgress
 from millpond.settings import default_home
@@ -50,8 +53,12 @@ class Trained:
     model: TextModel
     encoder: TextEncoder
     options: ModelOptions
+    how: TrainOptions
+    """The recipe's, with what the model and the amount of data gave."""
     training: Training
     train_rows: int
+    held: Split | None
+    """The rows that the best epoch was chosen on."""
     device: torch.device
     sources: list[DataSource] = field(default_factory=list)
     """What it learned from besides the recipe's rows: a teacher, unlabelled texts."""
@@ -71,13 +78,19 @@ def fit(
     device: torch.device,
     report: Report,
     watch: Stopwatch,
+    *,
     home: Path | None = None,
+    keep: Callable[[Fingerprint], Checkpoints] | None = None,
+    on_epoch: Callable[[Epoch], None] = lambda epoch: None,
 ) -> Trained:
-    """Train the recipe's model on the rows `used`; a teacher's answers are kept in `home` (None: Millpond's own).
+    """Train the recipe's model on the rows `used`; `keep` says where the checkpoints of this training are.
+
+    A teacher's answers are kept in `home` (None: Millpond's own).
 
     Raises:
         DataError: the recipe's teacher or unlabelled texts cannot be used.
         TrainingError: training cannot go on.
+        CheckpointError: a checkpoint is of another training, or cannot be written.
     """
     architecture = recipe.model.architecture
     options = options_of(architecture, recipe.model.options)
@@ -93,6 +106,8 @@ def fit(
         encoder = options.learn_encoder(learned.texts)
         encoded = Encoded.of(encoder, learned.texts)
         validation = (Encoded.of(encoder, held.texts), held.labels) if held else None
+        how = complete(recipe.training, architecture, len(learned))
+        checkpoints = keep(_fingerprint(recipe, options, how, learned, held)) if keep else None
     with watch.stage("train"):
         torch.manual_seed(recipe.seed)
         model = build(architecture, options, encoder.rows, len(dataset.labels))
@@ -100,7 +115,7 @@ def fit(
 
         def on_progress(at: Progress) -> None:
             done, total = (at.epoch - 1) * at.steps + at.step, at.epochs * at.steps
-            note = f"epoch {at.epoch}/{at.epochs}, {at.texts_per_s:,.0f} texts/s"
+            note = f"epoch {at.epoch}/{at.epochs}, {at.texts_per_s:,.0f} texts/s, {_span(at.left_s)} left"
             report(JobProgress(stage="train", done=done, total=total, loss=at.loss, accuracy=at.accuracy, note=note))
 
         training = train(
@@ -108,15 +123,35 @@ def fit(
             encoded,
             learned.labels,
             validation,
-            complete(recipe.training, architecture, len(learned)),
+            how,
             device,
             seed=recipe.seed,
             objective=lesson.objective if lesson else None,
             on_progress=on_progress,
+            on_epoch=on_epoch,
+            checkpoints=checkpoints,
         )
     taught = sum(source.rows for source in lesson.sources if source.role == "unlabelled") if lesson else 0
     sources = lesson.sources if lesson else []
-    return Trained(model, encoder, options, training, len(learned) - taught, device, sources)
+    return Trained(model, encoder, options, how, training, len(learned) - taught, held, device, sources)
+
+
+def _fingerprint(
+    recipe: Recipe, options: ModelOptions, how: TrainOptions, learned: Split, held: Split | None
+) -> Fingerprint:
+    """Return what a checkpoint is held against; where the data lies does not matter, only what it is."""
+    table = msgspec.to_builtins(recipe)
+    del table["data"]
+    table["model"]["options"] = msgspec.to_builtins(options)
+    table["training"] = msgspec.to_builtins(how)
+    return Fingerprint(recipe=table, train=split_digest(learned), validation=split_digest(held) if held else None)
+
+
+def _span(seconds: float) -> str:
+    """Return a time for people."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def answer(model: TextModel, encoder: TextEncoder, texts: Sequence[str], device: torch.device) -> NDArray[np.float32]:

@@ -1,13 +1,15 @@
 """A training job: what the hub starts. Reads job.json, leaves a signed candidate in the registry and result.json.
 
-Only what is finished is seen: the model is pushed before result.json is written, and that by renaming. Corrections
-whose text is in the test split, or held out, do not train: those splits would no longer measure anything.
+Only what is finished is seen: the model is pushed before result.json is written, and that by renaming. A job that is
+tried again resumes from its last checkpoint. Corrections whose text is in the test split, or held out, do not train:
+those splits would no longer measure anything.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -15,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from millpond.learn.checkpoint import Checkpoints, clear
 from millpond.learn.datasets import DataError, Dataset, Split, split_digest
 from millpond.learn.evaluate import evaluate, paired
 from millpond.learn.export import read_model, write_model
@@ -22,6 +25,7 @@ from millpond.learn.fit import Report, Stopwatch, answer, fit, pick_device
 from millpond.learn.recipes import Recipe, load_data, read_recipe, used_rows
 from millpond.learn.run import set_threads
 from millpond.learn.sources import read_lines
+from millpond.learn.train import TrainingError
 from millpond.registry import DataSource, Lineage, Store, sign
 from millpond.schema import MAX_CORRECTION_BYTES, JobProgress, JobResult, JobSpec, LabelledText
 from millpond.settings import LearnSettings
@@ -60,9 +64,13 @@ def do_job(
         corrections = _as_split(read_texts(directory / spec.corrections), dataset.labels)
         heldout = _as_split(read_texts(directory / spec.heldout), dataset.labels)
         used, corrections = training_rows(recipe, dataset, corrections, heldout)
-    trained = fit(recipe, dataset, used, pick_device(device), report, watch, settings.home)
+    place = directory / spec.checkpoints
+    keep = partial(Checkpoints, place, every_s=settings.checkpoint_s, strict=False)
+    trained = fit(recipe, dataset, used, pick_device(device), report, watch, home=settings.home, keep=keep)
     if trained.training.interrupted:
         raise JobError("the job was interrupted; start it again.")
+    if trained.training.ended == "diverged":
+        raise TrainingError(trained.training.error)
     store = Store(Path(spec.registry))
     with watch.stage("evaluate"), tempfile.TemporaryDirectory(dir=directory, prefix=".champion-") as temporary:
         report(JobProgress(stage="evaluate", note=f"candidate on {len(dataset.test):,} test texts"))
@@ -122,6 +130,7 @@ def do_job(
         seconds=watch.seconds,
     )
     _write_whole(directory / "result.json", msgspec.json.encode(result))
+    clear(place)
     return result
 
 

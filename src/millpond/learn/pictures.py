@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from millpond.learn.evaluate import Evaluation
-from millpond.learn.train import Epoch
+from millpond.learn.state import Epoch
 
 TRAINING, VALIDATION = "#3b6ea8", "#c8553d"
 NAMED_LABELS = 20

@@ -81,7 +81,7 @@ def run(recipe: Recipe, settings: LearnSettings, *, device: str, name: str, out:
             on_rows=lambda count: report(JobProgress(stage="data", done=count, note=f"{note}, {count:,} rows")),
         )
         used, _ = used_rows(recipe, dataset)
-    trained = fit(recipe, dataset, used, pick_device(device), report, watch, settings.home)
+    trained = fit(recipe, dataset, used, pick_device(device), report, watch, home=settings.home)
     with watch.stage("evaluate"):
         report(JobProgress(stage="evaluate", note=f"answering {len(dataset.test):,} test texts"))
         probability = answer(trained.model, trained.encoder, dataset.test.texts, trained.device)

@@ -6,11 +6,13 @@ a few large ops, no read. Loss and accuracy are summed on the device and read ev
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Annotated
+from itertools import islice
+from typing import Annotated, Literal
 
 import msgspec
 import numpy as np
@@ -21,9 +23,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from millpond import MillpondError
+from millpond.learn.checkpoint import CheckpointError, Checkpoints
 from millpond.learn.encoded import Encoded
 from millpond.learn.models import TextModel
 from millpond.learn.models.model import EVALUATION_FLOATS
+from millpond.learn.order import epochs, padding_share
+from millpond.learn.state import Epoch, State
 
 REPORT_EVERY_S = 0.5
 """Seconds between two reads of loss and accuracy."""
@@ -34,20 +39,39 @@ class TrainingError(MillpondError):
 
 
 class TrainOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How long, in which steps. What is None follows the model (`DEFAULTS`) or the amount of data."""
+    """How long, in which steps. What is None follows the model (`DEFAULTS`), `COMMON`, or the amount of data."""
 
     epochs: Annotated[int, Meta(ge=0, le=10_000)] | None = None
     batch_size: Annotated[int, Meta(ge=1, le=1_000_000)] | None = None
     """Texts a step; fewer where that would give an epoch under `MIN_STEPS` steps, unless it is set."""
-    learning_rate: Annotated[float, Meta(gt=0)] | None = None
+    learning_rate: Annotated[float, Meta(gt=0, le=1e30)] | None = None
+    """The highest; see `rate_at`."""
+    schedule: Literal["constant", "linear", "cosine"] | None = None
+    """How the learning rate falls after the warm-up: not, or to 0 in a line or in half a cosine."""
+    warmup: Annotated[float, Meta(ge=0, lt=1)] | None = None
+    """Share of all steps in which the learning rate rises from 0, in a line."""
+    clip_norm: Annotated[float, Meta(ge=0)] | None = None
+    """Gradients that are longer, all together, are shortened to this (Pascanu et al. 2013); 0: never."""
+    precision: Literal["float32", "bfloat16", "float16"] | None = None
+    """What matrix products are computed in; weights, loss, validation and what is exported stay float32."""
+    by_length: bool | None = None
+    """Whether texts of like length share a batch, so that less is padding."""
+    patience: Annotated[int, Meta(ge=0)] | None = None
+    """Epochs without a better validation loss after which training ends; 0: never."""
+    compile: bool | None = None
+    """Whether forward, loss and backward go through `torch.compile`; on a pool device they are then captured."""
 
 
 DEFAULTS = {
     "ngram": TrainOptions(epochs=3, batch_size=1024, learning_rate=0.01),
-    "seqcnn": TrainOptions(epochs=3, batch_size=32, learning_rate=2e-3),
+    "seqcnn": TrainOptions(epochs=3, batch_size=32, learning_rate=2e-3, schedule="linear", by_length=True),
     "lstm": TrainOptions(epochs=4, batch_size=64, learning_rate=2e-3),
     "encoder": TrainOptions(epochs=2, batch_size=32, learning_rate=5e-5),
 }
+COMMON = TrainOptions(
+    schedule="constant", warmup=0.0, clip_norm=0.0, precision="float32", by_length=False, patience=0, compile=False
+)
+"""What holds for each model that sets nothing else."""
 MIN_STEPS = 16
 
 
@@ -62,18 +86,12 @@ class Progress:
     loss: float
     accuracy: float
     texts_per_s: float
+    left_s: float
+    """Seconds that the rest will take, at the rate so far."""
 
 
-@dataclass(frozen=True)
-class Epoch:
-    """What an epoch came to; validation values are None where there is no validation split."""
-
-    epoch: int
-    loss: float
-    accuracy: float
-    validation_loss: float | None
-    validation_accuracy: float | None
-    seconds: float
+Ending = Literal["finished", "early", "interrupted", "diverged"]
+"""All epochs done; no better for `patience` epochs; Ctrl-C; the loss is no longer a number."""
 
 
 @dataclass
@@ -82,7 +100,16 @@ class Training:
 
     epochs: list[Epoch] = field(default_factory=list)
     best: int = 0
-    interrupted: bool = False
+    ended: Ending = "finished"
+    error: str = ""
+    """Why it diverged, and what to try."""
+    resumed: tuple[int, int] | None = None
+    """The epoch and the number of its steps that were done when a checkpoint was taken up."""
+
+    @property
+    def interrupted(self) -> bool:
+        """Return whether Ctrl-C ended it."""
+        return self.ended == "interrupted"
 
 
 @dataclass(frozen=True)
@@ -106,83 +133,166 @@ def train(
     seed: int,
     objective: Objective | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_epoch: Callable[[Epoch], None] = lambda epoch: None,
+    checkpoints: Checkpoints | None = None,
 ) -> Training:
     """Train `model` on `device`; it is left there, with the weights of the best epoch on validation (else the last).
 
-    `options` must be complete (see `complete`). Without an objective it is the cross-entropy of the labels. Ctrl-C ends
-    the loop early and keeps the best so far.
+    Epochs, batch size and learning rate must be set (see `complete`). Without an objective it is the cross-entropy of
+    the labels. Ctrl-C ends the loop early and keeps the best so far; so does a loss that is no number, once an epoch is
+    done. With `checkpoints` it goes on from the last one that is there, and ends with the weights that an unbroken
+    training has (on a CPU: bit for bit).
 
     Raises:
-        TrainingError: the loss is no longer a number.
+        TrainingError: the loss was no number in the first epoch, or an option cannot be followed.
+        CheckpointError: a checkpoint is of another training, or the disk is full.
     """
+    options = _filled(options, COMMON)
     assert options.epochs is not None
     assert options.batch_size is not None
-    assert options.learning_rate is not None
-    rng = np.random.default_rng(seed)
+    if options.patience and validation is None:
+        raise TrainingError("patience needs rows to validate on: set --validation above 0, or leave --patience out.")
     torch.manual_seed(seed)
     model.to(device).train()
-    steps = math.ceil(len(data) / options.batch_size)
-    loss_of = objective.loss if objective else functional.cross_entropy
-    optimizer = torch.optim.Adam(model.parameters(), lr=options.learning_rate, foreach=True)
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate_at(0, 1, options), foreach=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=options.precision == "float16")
+    at = State(model, optimizer, scaler, device, totals=torch.zeros(2, device=device))
     result = Training()
-    best_loss, best_weights = math.inf, None
+    if checkpoints is not None and (saved := checkpoints.read()):
+        try:
+            at.restore(*saved)
+        except (KeyError, IndexError, RuntimeError, ValueError) as error:
+            raise CheckpointError(f"the checkpoint does not fit the model: {error}. Begin anew.") from error
+        result.resumed = (at.epoch, at.step)
+    loss_of = objective.loss if objective else functional.cross_entropy
+    forward = _forward(model, options, device, loss_of)
+    lengths = data.lengths
+    steps = math.ceil(len(data) / options.batch_size)
+    order = epochs(lengths, options.batch_size, seed, by_length=bool(options.by_length))
+    began, first = time.monotonic(), (at.epoch - 1) * steps + at.step
     try:
-        for epoch in range(1, options.epochs + 1):
+        for epoch, batches in enumerate(islice(order, at.epoch - 1, options.epochs), at.epoch):
+            at.epoch = epoch
             started = reported = time.monotonic()
-            order = rng.permutation(len(data))
-            totals = torch.zeros(2, device=device)  # loss and right answers, summed over the epoch's texts
-            for step in range(steps):
-                chosen = order[step * options.batch_size : (step + 1) * options.batch_size]
+            seen = sum(map(len, batches[: at.step]))
+            seen_before = seen
+            recent: list[tuple[int, float, Tensor]] = []  # step, rate and loss of what has not been read yet
+            for step in range(at.step, steps):
+                at.step = step
+                if checkpoints is not None and checkpoints.is_due():
+                    checkpoints.write(at.position(at.seconds + time.monotonic() - started), at.tensors())
+                rate = rate_at((epoch - 1) * steps + step, options.epochs * steps, options)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                chosen = batches[step]
                 batch = torch.from_numpy(model.batch(data.take(chosen))).to(device, non_blocking=True)
                 target = torch.from_numpy(labels[chosen]).to(device, non_blocking=True)
-                logits = model(batch, len(chosen))
                 wanted = target
                 if objective is not None:
                     wanted = torch.from_numpy(objective.targets[chosen]).to(device, non_blocking=True)
-                loss = loss_of(logits, wanted)
+                logits, loss = forward(batch, wanted)
                 optimizer.zero_grad(set_to_none=True)
-                torch.autograd.backward(loss)
-                optimizer.step()
+                torch.autograd.backward(scaler.scale(loss))
+                if options.clip_norm:
+                    scaler.unscale_(optimizer)
+                    torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip_norm, foreach=True)
+                scaler.step(optimizer)
+                scaler.update()
                 with torch.no_grad():
                     right = (logits.argmax(1) == target).sum()
-                    totals += torch.stack([loss * len(chosen), right.to(loss.dtype)])
-                if step + 1 == steps or time.monotonic() - reported > REPORT_EVERY_S:
-                    reported = time.monotonic()
-                    seen = step * options.batch_size + len(chosen)
-                    mean_loss, accuracy = _read(totals, seen)
-                    rate = seen / (time.monotonic() - started)
-                    on_progress(Progress(epoch, options.epochs, step + 1, steps, mean_loss, accuracy, rate))
+                    at.totals += torch.stack([loss * len(chosen), right.to(loss.dtype)])
+                seen += len(chosen)
+                recent.append((step + 1, rate, loss.detach()))
+                now = time.monotonic()
+                if step + 1 == steps or now - reported > REPORT_EVERY_S:
+                    mean_loss, accuracy = _read(at, seen, recent, options)
+                    recent.clear()
+                    reported = now = time.monotonic()
+                    texts_per_s = (seen - seen_before) / (now - started)
+                    done = (epoch - 1) * steps + step + 1
+                    left_s = (now - began) / (done - first) * (options.epochs * steps - done)
+                    at_step = (epoch, options.epochs, step + 1, steps)
+                    on_progress(Progress(*at_step, mean_loss, accuracy, texts_per_s, left_s))
             validation_loss = validation_accuracy = None
             if validation is not None:
                 validation_loss, validation_accuracy = _validate(model, *validation, device)
-            seconds = time.monotonic() - started
-            result.epochs.append(Epoch(epoch, mean_loss, accuracy, validation_loss, validation_accuracy, seconds))
+            seconds = at.seconds + time.monotonic() - started
+            padding = padding_share(lengths, batches) if model.pads_texts else 0.0
+            of_validation = (validation_loss, validation_accuracy)
+            at.epochs.append(Epoch(epoch, mean_loss, accuracy, *of_validation, seconds, rate, padding))
+            on_epoch(at.epochs[-1])
             # Without validation the last epoch is the best there is to know of.
-            if validation_loss is None or validation_loss < best_loss:
-                result.best = epoch
-                if validation_loss is not None and epoch < options.epochs:
-                    best_loss, best_weights = validation_loss, _copy(model)
-                else:
-                    best_weights = None
+            if validation_loss is None or validation_loss < at.best_loss:
+                at.best, at.best_weights = epoch, _copy(model) if epoch < options.epochs else None
+                at.best_loss = math.inf if validation_loss is None else validation_loss
+            if options.patience and epoch - at.best >= options.patience:
+                result.ended = "early"
+                break
+            at.epoch, at.step, at.seconds = epoch + 1, 0, 0.0
+            at.totals.zero_()
     except KeyboardInterrupt:
-        result.interrupted = True
-        result.best = 0 if best_weights is None else result.best
-    if best_weights is not None:
-        model.load_state_dict(best_weights)
+        result.ended = "interrupted"
+        if validation is None or at.best_weights is None:
+            at.best, at.best_weights = 0, None
+    except TrainingError as error:
+        if at.best_weights is None:
+            raise
+        result.ended, result.error = "diverged", str(error)
+    if at.best_weights is not None:
+        model.load_state_dict(at.best_weights)
+    result.epochs, result.best = at.epochs, at.best
     model.eval()
     return result
 
 
+def rate_at(step: int, steps: int, options: TrainOptions) -> float:
+    """Return the learning rate of one of all `steps`, the first of which is 0."""
+    assert options.learning_rate is not None
+    rising = round((options.warmup or 0.0) * steps)
+    if step < rising:
+        return options.learning_rate * (step + 1) / rising
+    done = (step - rising) / (steps - rising)
+    share = {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+    return options.learning_rate * share.get(options.schedule or "constant", 1.0)
+
+
 def complete(options: TrainOptions, architecture: str, rows: int) -> TrainOptions:
     """Return `options` with what is None filled in for a model and a number of training texts."""
-    default = DEFAULTS[architecture]
+    default = _filled(DEFAULTS[architecture], COMMON)
     assert default.batch_size is not None
-    few = max(4, rows // MIN_STEPS)
-    return TrainOptions(
-        epochs=default.epochs if options.epochs is None else options.epochs,
-        batch_size=min(default.batch_size, few) if options.batch_size is None else options.batch_size,
-        learning_rate=default.learning_rate if options.learning_rate is None else options.learning_rate,
-    )
+    few = msgspec.structs.replace(default, batch_size=min(default.batch_size, max(4, rows // MIN_STEPS)))
+    return _filled(options, few)
+
+
+def _filled(options: TrainOptions, default: TrainOptions) -> TrainOptions:
+    """Return `options` with the values of `default` where it has None."""
+    given = {key: value for key, value in msgspec.structs.asdict(options).items() if value is not None}
+    return msgspec.structs.replace(default, **given)
+
+
+def _forward(
+    model: TextModel, options: TrainOptions, device: torch.device, loss_of: Callable[[Tensor, Tensor], Tensor]
+) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Return what makes logits and mean loss of a batch and what is wanted of it, in the precision asked for."""
+    low = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(options.precision or "")
+
+    def forward(batch: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(device.type, dtype=low) if low else contextlib.nullcontext():
+            logits = model(batch, len(wanted))
+        return logits, loss_of(logits.float(), wanted)
+
+    if not options.compile:
+        return forward
+    compiled = torch.compile(forward)
+
+    def guarded(batch: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        try:
+            return compiled(batch, wanted)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            why = str(error).strip().partition("\n")[0]
+            raise TrainingError(f"the step cannot be compiled here: {why}. Train without --compile.") from error
+
+    return guarded
 
 
 @torch.no_grad()
@@ -218,14 +328,29 @@ def _validate(model: TextModel, data: Encoded, labels: NDArray[np.int64], device
     return float(-np.log(np.maximum(of_truth, 1e-30)).mean()), float((probability.argmax(1) == labels).mean())
 
 
-def _read(totals: Tensor, texts: int) -> tuple[float, float]:
-    """Read the sums from the device (this waits for it) and return mean loss and accuracy."""
-    loss, right = totals.tolist()
-    if not math.isfinite(loss):
-        raise TrainingError(
-            "the loss is no longer a number: the steps were too large. Lower the learning rate (--learning-rate)."
-        )
-    return loss / texts, right / texts
+def _read(at: State, texts: int, recent: list[tuple[int, float, Tensor]], options: TrainOptions) -> tuple[float, float]:
+    """Read the sums from the device (this waits for it) and return mean loss and accuracy.
+
+    Raises:
+        TrainingError: the loss of a recent step, or a weight after the last one, is no number.
+    """
+    with torch.no_grad():
+        are_numbers = torch.stack([p.isfinite().all() for p in at.model.parameters()]).all()
+        loss, right, sound = torch.cat([at.totals, are_numbers.to(at.totals.dtype).reshape(1)]).tolist()
+    if math.isfinite(loss) and sound:
+        return loss / texts, right / texts
+    losses = torch.stack([loss for _, _, loss in recent]).tolist()
+    bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), len(recent) - 1)
+    step, rate, _ = recent[bad]
+    what = "a weight is no longer a number" if math.isfinite(losses[bad]) else "the loss is no longer a number"
+    advice = [f"Lower the learning rate (--learning-rate {(options.learning_rate or 0) / 10:g})"]
+    advice += [] if options.clip_norm else ["clip gradients (--clip-norm 1)"]
+    advice += [] if options.warmup else ["warm up (--warmup 0.1)"]
+    advice += ["compute in --precision bfloat16"] if options.precision == "float16" else []
+    raise TrainingError(
+        f"{what}: at step {step} of epoch {at.epoch} the learning rate was {rate:g}, and the steps were too large. "
+        f"{', or '.join(advice)}."
+    )
 
 
 def _copy(model: TextModel) -> dict[str, Tensor]:

@@ -70,6 +70,8 @@ class TextModel(nn.Module):
 
     floats_per_id: int
     """Numbers computed for each id of a text, which bounds how many ids an evaluation batch may have."""
+    pads_texts: bool = True
+    """Whether a batch is as wide as its longest text, the others filled up."""
 
     @abstractmethod
     def prepare(self, data: Encoded, labels: NDArray[np.int64]) -> None:

@@ -47,6 +47,7 @@ class NGram(TextModel):
     A row whose ratio is 0 (padding, and every n-gram that training has not seen) stays 0 whatever its weight.
     """
 
+    pads_texts = False
     ratio_RK: Tensor
     spread_C: Tensor
 

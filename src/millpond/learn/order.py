@@ -1,0 +1,41 @@
+"""In which batches an epoch goes through its texts: seeded, repeatable, and by length where padding would cost.
+
+A batch is as wide as its longest text. Texts of like length in one batch leave little to fill up; the batches come in
+random order, and each is cut from a random draw, so that no epoch repeats another's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+BUCKET_BATCHES = 32
+"""Batches whose texts are sorted together: the draw stays random beyond that, and padding hardly shrinks further."""
+
+
+def epochs(
+    lengths: NDArray[np.int64], batch_size: int, seed: int, *, by_length: bool
+) -> Iterator[list[NDArray[np.int64]]]:
+    """Yield for each epoch its batches, each the row numbers of its texts, without end.
+
+    The n-th epoch depends on the arguments alone, so a training that goes on skips to its epoch.
+    """
+    rng = np.random.default_rng(seed)
+    while True:
+        order = rng.permutation(len(lengths))
+        if by_length:
+            span = BUCKET_BATCHES * batch_size
+            spans = (order[start : start + span] for start in range(0, len(order), span))
+            order = np.concatenate([part[np.argsort(lengths[part], kind="stable")] for part in spans])
+        batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        if by_length:
+            batches = [batches[i] for i in rng.permutation(len(batches))]
+        yield batches
+
+
+def padding_share(lengths: NDArray[np.int64], batches: list[NDArray[np.int64]]) -> float:
+    """Return which share of the batches is padding, if each is as wide as its longest text."""
+    total = sum(len(batch) * int(lengths[batch].max()) for batch in batches)
+    return 1 - int(lengths.sum()) / total if total else 0.0

@@ -1,0 +1,121 @@
+"""Where a training is: everything that its loop changes, and so everything that a checkpoint holds.
+
+The learning rate and the order of the texts are not here: both follow from the step and the seed alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import msgspec
+import torch
+from msgspec import Meta
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What an epoch came to; validation values are None where there is no validation split."""
+
+    epoch: int
+    loss: float
+    accuracy: float
+    validation_loss: float | None
+    validation_accuracy: float | None
+    seconds: float
+    learning_rate: float = 0.0
+    """That of its last step."""
+    padding: float = 0.0
+    """Which share of what its steps computed on was padding."""
+
+
+class Position(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The plain values of a checkpoint."""
+
+    epoch: Annotated[int, Meta(ge=1)]
+    step: Annotated[int, Meta(ge=0)]
+    seconds: float
+    best: Annotated[int, Meta(ge=0)]
+    best_loss: float | None
+    epochs: list[Epoch]
+    scaler: dict[str, int | float]
+    device: str
+
+
+@dataclass
+class State:
+    """The loop's variables. `step` batches of epoch `epoch` are done."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    device: torch.device
+    totals: Tensor
+    """Loss and right answers, summed over the texts of this epoch, on the device."""
+    epoch: int = 1
+    step: int = 0
+    seconds: float = 0.0
+    """How long this epoch took before it was taken up again."""
+    epochs: list[Epoch] = field(default_factory=list)
+    best: int = 0
+    best_loss: float = math.inf
+    best_weights: dict[str, Tensor] | None = None
+    """Weights of epoch `best`; None where there is none yet."""
+
+    def position(self, seconds: float) -> Position:
+        """Return the plain values; `seconds` is what the epoch has taken so far."""
+        return Position(
+            epoch=self.epoch,
+            step=self.step,
+            seconds=seconds,
+            best=self.best,
+            best_loss=self.best_loss if math.isfinite(self.best_loss) else None,
+            epochs=self.epochs,
+            scaler=self.scaler.state_dict(),
+            device=self.device.type,
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors by name: weights, best weights, optimizer, sums, random numbers of host and device."""
+        tensors = {"totals": self.totals, "rng.host": torch.get_rng_state()}
+        if self.device.type != "cpu":
+            tensors["rng.device"] = torch.get_device_module(self.device).get_rng_state(self.device)
+        tensors |= {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        tensors |= {f"best.{name}": tensor for name, tensor in (self.best_weights or {}).items()}
+        for number, values in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{number}.{name}": tensor for name, tensor in values.items()}
+        return tensors
+
+    def restore(self, position: Position, tensors: Mapping[str, Tensor]) -> None:
+        """Go back to where `position` and `tensors` were taken.
+
+        Raises:
+            KeyError, RuntimeError, ValueError: they are not those of this model and optimizer.
+        """
+        self.model.load_state_dict(_below("model.", tensors))
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        states: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in _below("optimizer.", tensors).items():
+            number, _, key = name.partition(".")
+            if tensor.dim() and tensor.shape != parameters[int(number)].shape:
+                raise ValueError(f"{name} has the shape {list(tensor.shape)}")
+            states.setdefault(int(number), {})[key] = tensor
+        self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": states})
+        if position.scaler:
+            self.scaler.load_state_dict(position.scaler)
+        self.totals.copy_(tensors["totals"])
+        best = {name: tensor.to(self.device) for name, tensor in _below("best.", tensors).items()}
+        self.best_weights = best or None
+        self.best, self.epochs = position.best, list(position.epochs)
+        self.best_loss = math.inf if position.best_loss is None else position.best_loss
+        self.epoch, self.step, self.seconds = position.epoch, position.step, position.seconds
+        torch.set_rng_state(tensors["rng.host"])
+        if self.device.type != "cpu" and position.device == self.device.type:
+            torch.get_device_module(self.device).set_rng_state(tensors["rng.device"], self.device)
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
