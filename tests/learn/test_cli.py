@@ -59,7 +59,9 @@ def test_train_evaluate_export(data: Path, tmp_path: Path) -> None:
     assert summary["data"]["train_rows"] == 380
     assert set(summary["seconds"]) >= {"data", "encode", "train", "evaluate", "export"}
     assert json.loads((run / "metrics.json").read_text())["test"] == summary["test"]
-    for name in ("training.png", "evaluation.png", "mistakes.jsonl", "model/model.onnx"):
+    assert (summary["ended"], summary["resumed"]) == ("finished", None)
+    assert summary["training"]["schedule"] == "constant"
+    for name in ("training.png", "evaluation.png", "report.html", "mistakes.jsonl", "model/model.onnx"):
         assert (run / name).is_file()
 
     again = json.loads(invoke("evaluate", run, "--file", data, "--device", "cpu", "--json", "--out", tmp_path / "e"))
@@ -101,6 +103,7 @@ def test_people_see_a_table_and_where_the_run_is(data: Path, tmp_path: Path) -> 
     assert "accuracy" in shown
     assert "official" not in shown
     assert "Run:" in shown
+    assert "report.html" in shown.replace("\n", "")
 
 
 def test_a_recipe_and_options_train_alike(data: Path, tmp_path: Path) -> None:
@@ -119,9 +122,40 @@ def test_a_recipe_and_options_train_alike(data: Path, tmp_path: Path) -> None:
     assert len(losses[0]) == 2
 
 
+def test_options_of_training_reach_it_and_padding_is_shown(data: Path, tmp_path: Path) -> None:
+    shown = invoke(
+        "train", "--file", data, "--device", "cpu", "--out", tmp_path / "run", "--train-rows", 200,
+        "--model", "seqcnn", "--option", "min_count=1", "--option", "embedding=8", "--option", "filters=8",
+        "--schedule", "linear", "--warmup", 0.1, "--clip-norm", 1, "--precision", "bfloat16", "--by-length",
+        "--patience", 5, "--no-compile", "--epochs", 1, "--batch-size", 8,
+    )  # fmt: skip
+    how = json.loads((tmp_path / "run/metrics.json").read_text())["training"]
+    assert (how["schedule"], how["warmup"], how["clip_norm"], how["precision"]) == ("linear", 0.1, 1.0, "bfloat16")
+    assert (how["by_length"], how["patience"], how["compile"]) == (True, 5, False)
+    assert "was padding" in shown
+
+
+def test_a_loss_that_is_no_number_ends_with_status_1_and_the_best_epoch(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The learning rate goes wild in the third epoch."""
+    monkeypatch.setattr("millpond.learn.train.rate_at", lambda step, steps, options: 0.01 if step < 32 else 1e30)
+    run = tmp_path / "run"
+    model = ["--model", "seqcnn", "--option", "min_count=1", "--option", "embedding=8", "--option", "filters=8"]
+    arguments = ["train", "--file", data, *model, "--epochs", 5, "--batch-size", 24, "--device", "cpu", "--out", run]
+    done = CliRunner().invoke(app, list(map(str, arguments)))
+    assert done.exit_code == 1, done.output
+    assert "at step 2 of epoch 3" in done.output.replace("\n", " ")
+    assert "The model is that of epoch 2" in done.output.replace("\n", " ")
+    read_model(run / "model")
+    assert "Training ended early" in (run / "report.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
+        (["train", "--corpus", "imdb", "--precision", "int8"], "Invalid enum value 'int8'"),
+        (["train", "--corpus", "imdb", "--resume"], "nothing to resume"),
         (["train"], "exactly one of"),
         (["train", "--corpus", "imbd"], "no corpus 'imbd'"),
         (["train", "--file", "none.csv"], "does not exist"),

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from millpond.learn.datasets import Dataset
     from millpond.learn.evaluate import Evaluation
     from millpond.learn.inspect import Inspection
+    from millpond.learn.run import Run
     from millpond.schema import JobProgress
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
@@ -129,7 +130,20 @@ def train(
     option: Annotated[list[str] | None, typer.Option(help="An option of the model, name=value; repeatable.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Times through the training rows.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Texts a step.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Step size of Adam.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Step size of Adam, at its highest.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="How it falls: constant (default), linear or cosine.")] = None,
+    warmup: Annotated[float | None, typer.Option(help="Share of the steps in which it rises from 0.")] = None,
+    clip_norm: Annotated[float | None, typer.Option(help="Longest gradient; 0: any.")] = None,
+    precision: Annotated[str | None, typer.Option(help="float32 (default), bfloat16 or float16.")] = None,
+    by_length: Annotated[
+        bool | None, typer.Option("--by-length/--no-by-length", help="Texts of like length share a batch.")
+    ] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="Stop after so many epochs that are no better; 0: never.")
+    ] = None,
+    compile_: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="Send the step through torch.compile.")
+    ] = None,
     teacher: Annotated[Path | None, typer.Option(help="A run or model whose answers are learned too.")] = None,
     unlabelled: Annotated[Path | None, typer.Option(help="A file of texts that the teacher answers.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of splits, order and first weights.")] = None,
@@ -138,35 +152,57 @@ def train(
     device: Device = "auto",
     out: Annotated[Path | None, typer.Option(help="Directory of the run; default: runs/ under the home.")] = None,
     name: Annotated[str, typer.Option(help="Name that the model carries.")] = "sentiment",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --out, or the newest, that did not end.")
+    ] = False,
+    mlflow: Annotated[
+        bool, typer.Option("--mlflow", help="Track it in MLflow: MLFLOW_TRACKING_URI, or mlflow/ under the home.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train a model, measure it on the test split once, write model, metrics and pictures into a run directory."""
+    """Train a model, measure it on the test split once, write model, metrics and report into a run directory."""
     from millpond.learn.recipes import read_recipe
     from millpond.learn.run import run
+    from millpond.learn.tracking import tracker
 
     taught = {"teacher": teacher, "unlabelled": unlabelled}
     changes = {
         "data": _data_changes(corpus, file, test_file, text, label, split, query, database, drop_leaks),
         "model": {"architecture": model, "options": dict(map(_option, option or []))},
-        "training": {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate},
+        "training": {
+            "epochs": epochs,
+            "batch_size": batch_size,
+            "learning_rate": learning_rate,
+            "schedule": schedule,
+            "warmup": warmup,
+            "clip_norm": clip_norm,
+            "precision": precision,
+            "by_length": by_length,
+            "patience": patience,
+            "compile": compile_,
+        },
         "distil": {name: str(path) for name, path in taught.items() if path} or None,
         "seed": seed,
         "train_rows": train_rows,
         "validation": validation,
     }
     recipe = read_recipe(recipe_file, changes)
+    settings = _settings()
+    tracking = tracker(mlflow, settings.home, lambda warning: typer.echo(f"warning: {warning}", err=True))
     with _Bar() as report:
-        done = run(recipe, _settings(), device=device, name=name, out=out, report=report)
+        done = run(recipe, settings, device=device, name=name, out=out, report=report, resume=resume, tracker=tracking)
     if as_json:
         typer.echo(json.dumps(done.summary(), indent=2))
-        return
-    _show_bad_rows(done.dataset)
-    _show_evaluation(done.evaluation, done.dataset)
-    if done.trained.training.interrupted:
+    else:
+        _show_bad_rows(done.dataset)
+        _show_evaluation(done.evaluation, done.dataset)
+        _show_run(done)
+        if tracking is not None and tracking.is_on:
+            _console().print(f"MLflow: run {tracking.run_id} at {tracking.uri}")
+    if done.trained.training.ended == "diverged":
         best = done.trained.training.best
-        _console().print(f"Interrupted: the model is that of {f'epoch {best}' if best else 'the unfinished epoch'}.")
-    stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in done.watch.seconds.items())
-    _console().print(f"{stages}\nRun: {done.directory}")
+        typer.echo(f"error: {done.trained.training.error} The model is that of epoch {best}.", err=True)
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -302,7 +338,7 @@ class _Bar:
     """Shows a run on stderr: on a terminal as a bar with stage, loss, accuracy and rate, elsewhere as lines."""
 
     def __enter__(self) -> Callable[[JobProgress], None]:
-        shown = progress.TextColumn("{task.description:<9}"), progress.BarColumn(), progress.TimeRemainingColumn()
+        shown = progress.TextColumn("{task.description:<9}"), progress.BarColumn()
         last = progress.TextColumn("{task.fields[shown]}")
         console = _console(stderr=True)
         self._bar = progress.Progress(*shown, last, console=console, transient=True, disable=not console.is_terminal)
@@ -461,6 +497,23 @@ def _printable(text: str) -> str:
 def _show_bad_rows(dataset: Dataset) -> None:
     if dataset.bad_rows.count:
         _console().print(f"{dataset.bad_rows.count:,} bad rows were not used:\n{dataset.bad_rows}", markup=False)
+
+
+def _show_run(done: Run) -> None:
+    training = done.trained.training
+    if training.interrupted:
+        of = f"epoch {training.best}" if training.best else "the unfinished epoch"
+        _console().print(f"Interrupted: the model is that of {of}. With --resume it goes on.")
+    if training.ended == "early":
+        _console().print(f"Stopped after epoch {len(training.epochs)}: epoch {training.best} was better, and is kept.")
+    if training.resumed:
+        _console().print(f"Resumed in epoch {training.resumed[0]} after step {training.resumed[1]}.")
+    if padding := [epoch.padding for epoch in training.epochs if epoch.padding]:
+        share = sum(padding) / len(padding)
+        hint = "" if done.trained.how.by_length else "; --by-length makes it less"
+        _console().print(f"{share:.1%} of what the steps computed on was padding{hint}.")
+    stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in done.watch.seconds.items())
+    _console().print(f"{stages}\nRun: {done.directory}\nReport: {done.directory / 'report.html'}")
 
 
 def _show_evaluation(evaluation: Evaluation, dataset: Dataset) -> None:

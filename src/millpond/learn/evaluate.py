@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -12,6 +13,7 @@ from millpond.learn.datasets import Split
 from millpond.schema import PairedCount
 
 CALIBRATION_BINS = 15
+LENGTH_BINS = 8
 SHOWN_CHARACTERS = 500
 
 
@@ -30,6 +32,15 @@ class CalibrationBin(msgspec.Struct, frozen=True, kw_only=True):
 
     rows: int
     confidence: float
+    accuracy: float
+
+
+class LengthBin(msgspec.Struct, frozen=True, kw_only=True):
+    """Texts of like length, in characters: how many, and how often the answers were right."""
+
+    shortest: int
+    longest: int
+    rows: int
     accuracy: float
 
 
@@ -55,6 +66,7 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     classes: list[ClassScore]
     confusion: list[list[int]]
     calibration: list[CalibrationBin]
+    by_length: list[LengthBin]
     worst: list[Mistake]
 
     @property
@@ -76,16 +88,16 @@ def evaluate(probability: NDArray[np.float32], split: Split, labels: Sequence[st
     hit, of_truth, of_answer = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
     precision, recall = _ratio(hit, of_answer), _ratio(hit, of_truth)
     f1 = _ratio(2 * hit, of_truth + of_answer)
-    confidence = probability.max(1).astype(np.float64)
-    bins = _calibration(confidence, answer == truth)
+    confidence = probability.max(1)
+    bins = calibration_bins(probability, truth)
     wrong = np.flatnonzero(answer != truth)
     wrong = wrong[np.argsort(-confidence[wrong], kind="stable")][:worst]
     return Evaluation(
         rows=len(truth),
         accuracy=float((answer == truth).mean()),
         macro_f1=float(f1[of_truth > 0].mean()),
-        log_loss=float(-np.log(np.maximum(probability[np.arange(len(truth)), truth], 1e-12)).mean()),
-        calibration_error=sum(b.rows * abs(b.confidence - b.accuracy) for b in bins) / len(truth),
+        log_loss=log_loss(probability, truth),
+        calibration_error=calibration_error(bins),
         labels=list(labels),
         classes=[
             ClassScore(label=name, rows=int(n), precision=float(p), recall=float(r), f1=float(f))
@@ -93,6 +105,7 @@ def evaluate(probability: NDArray[np.float32], split: Split, labels: Sequence[st
         ],
         confusion=confusion.tolist(),
         calibration=bins,
+        by_length=_by_length(split.texts, answer == truth),
         worst=[
             Mistake(
                 row=int(i),
@@ -118,14 +131,41 @@ def paired(candidate: NDArray[np.bool_], champion: NDArray[np.bool_] | None) -> 
     )
 
 
-def _calibration(confidence: NDArray[np.float64], right: NDArray[np.bool_]) -> list[CalibrationBin]:
-    """Group answers into bins of equal width (expected calibration error, Naeini et al. 2015)."""
+def log_loss(probability: NDArray[np.floating[Any]], truth: NDArray[np.int64]) -> float:
+    """Return the mean negative logarithm of what the true labels were given, in nats."""
+    return float(-np.log(np.maximum(probability[np.arange(len(truth)), truth], 1e-12)).mean())
+
+
+def calibration_bins(probability: NDArray[np.floating[Any]], truth: NDArray[np.int64]) -> list[CalibrationBin]:
+    """Group answers into bins of equal width in confidence; bins without answers are left out."""
+    confidence = probability.max(1).astype(np.float64)
     which = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
     rows = np.bincount(which, minlength=CALIBRATION_BINS)
-    sure, hits = np.bincount(which, confidence), np.bincount(which, right)
+    sure, hits = np.bincount(which, confidence), np.bincount(which, probability.argmax(1) == truth)
     return [
         CalibrationBin(rows=int(rows[i]), confidence=float(sure[i] / rows[i]), accuracy=float(hits[i] / rows[i]))
         for i in np.flatnonzero(rows)
+    ]
+
+
+def calibration_error(bins: Sequence[CalibrationBin]) -> float:
+    """Return the expected calibration error (Naeini et al. 2015): the mean gap of confidence and accuracy."""
+    return sum(b.rows * abs(b.confidence - b.accuracy) for b in bins) / sum(b.rows for b in bins)
+
+
+def _by_length(texts: Sequence[str], right: NDArray[np.bool_]) -> list[LengthBin]:
+    """Group answers by the length of their texts into bins of about as many rows each."""
+    length = np.fromiter(map(len, texts), np.int64, len(texts))
+    edges = np.unique(np.quantile(length, np.linspace(0, 1, LENGTH_BINS + 1)[1:], method="higher"))
+    which = np.searchsorted(edges, length)
+    return [
+        LengthBin(
+            shortest=int(length[inside].min()),
+            longest=int(length[inside].max()),
+            rows=int(inside.sum()),
+            accuracy=float(right[inside].mean()),
+        )
+        for inside in (which == i for i in np.unique(which))
     ]
 
 

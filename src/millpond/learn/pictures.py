@@ -1,70 +1,183 @@
-"""Pictures of a run, drawn without a screen: the training curves; confusion and calibration."""
+"""Pictures of a run, drawn without a screen: training curves, confusion, calibration, accuracy by length."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from millpond.learn.evaluate import Evaluation
+from millpond.learn.calibrate import Scaling
+from millpond.learn.evaluate import CalibrationBin, Evaluation
 from millpond.learn.state import Epoch
 
-TRAINING, VALIDATION = "#3b6ea8", "#c8553d"
+TRAINING, VALIDATION = "#0e6870", "#c8553d"
 NAMED_LABELS = 20
 """Labels whose names and counts fit into the picture of the confusion."""
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",  # letters stay letters: small, sharp, and in the page's own fonts
+    "svg.hashsalt": "millpond",
+    "font.family": ["sans-serif"],
+    "font.size": 9.5,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#9fb0b2",
+    "axes.labelcolor": "#566a6d",
+    "axes.titlecolor": "#132325",
+    "xtick.color": "#566a6d",
+    "ytick.color": "#566a6d",
+    "grid.color": "#d5dfdf",
+    "legend.frameon": False,
+}
 
 
-def draw_training(epochs: Sequence[Epoch], to: Path) -> None:
-    """Draw loss and accuracy over the epochs."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    loss, accuracy = figure.subplots(1, 2)
+@matplotlib.rc_context(STYLE)
+def training_figure(epochs: Sequence[Epoch], best: int = 0) -> Figure:
+    """Return loss, accuracy and learning rate over the epochs, the best epoch marked."""
+    figure = _figure(9, 2.9)
+    loss, accuracy, rate = figure.subplots(1, 3, width_ratios=[1, 1, 0.7])
     numbers = [epoch.epoch for epoch in epochs]
-    loss.plot(numbers, [epoch.loss for epoch in epochs], "o-", color=TRAINING, label="training")
-    accuracy.plot(numbers, [epoch.accuracy for epoch in epochs], "o-", color=TRAINING, label="training")
     held = [epoch for epoch in epochs if epoch.validation_loss is not None]
+    at = [epoch.epoch for epoch in held]
+    marker = "o-" if len(numbers) <= 40 else "-"
+    loss.plot(numbers, [epoch.loss for epoch in epochs], marker, color=TRAINING, label="training")
+    accuracy.plot(numbers, [epoch.accuracy for epoch in epochs], marker, color=TRAINING, label="training")
+    rate.plot(numbers, [epoch.learning_rate for epoch in epochs], marker, color="#566a6d")
     if held:
-        at = [epoch.epoch for epoch in held]
-        loss.plot(at, [epoch.validation_loss or 0.0 for epoch in held], "o-", color=VALIDATION, label="validation")
+        losses = [epoch.validation_loss or 0.0 for epoch in held]
         shares = [epoch.validation_accuracy or 0.0 for epoch in held]
-        accuracy.plot(at, shares, "o-", color=VALIDATION, label="validation")
-    for axes, name in ((loss, "loss (nats)"), (accuracy, "accuracy")):
+        loss.plot(at, losses, marker, color=VALIDATION, label="validation")
+        accuracy.plot(at, shares, marker, color=VALIDATION, label="validation")
+    for axes, name in ((loss, "Loss (nats)"), (accuracy, "Accuracy"), (rate, "Learning rate")):
         axes.set(xlabel="epoch", title=name)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
-        axes.legend()
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
+        axes.grid(alpha=0.6)
+        if best and held:
+            axes.axvline(best, color=VALIDATION, linewidth=1, linestyle=":", label=f"best: epoch {best}")
+    loss.legend(fontsize="small")
     loss.set_ylim(bottom=0)
+    rate.set_ylim(bottom=0)
     accuracy.yaxis.set_major_formatter(PercentFormatter(1.0))
-    _save(figure, to)
+    return figure
 
 
+@matplotlib.rc_context(STYLE)
+def confusion_figure(evaluation: Evaluation) -> Figure:
+    """Return which label was answered with which."""
+    few = len(evaluation.labels) <= 4
+    figure = _figure(*((4.4, 3.4) if few else (6.5, 5.5)))
+    _draw_confusion(figure.subplots(), evaluation)
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def calibration_figure(evaluation: Evaluation, scaling: Scaling | None = None) -> Figure:
+    """Return how often answers of each confidence were right; after temperature scaling too, if there is one."""
+    figure = _figure(4.4, 3.4)
+    axes = figure.subplots()
+    _draw_calibration(axes, evaluation, "as exported")
+    if scaling is not None:
+        _plot_bins(axes, scaling.calibration, VALIDATION, f"temperature {scaling.temperature:.2f}")
+    axes.legend(fontsize="small", loc="upper left")
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def length_figure(evaluation: Evaluation) -> Figure:
+    """Return the accuracy on texts of each length, with the range that chance allows (Wilson, 95 %)."""
+    figure = _figure(9, 2.6)
+    axes = figure.subplots()
+    bins = evaluation.by_length
+    places = range(len(bins))
+    ranges = [_wilson(b.accuracy, b.rows) for b in bins]
+    below = [max(0.0, b.accuracy - low) for b, (low, _) in zip(bins, ranges, strict=True)]
+    above = [max(0.0, high - b.accuracy) for b, (_, high) in zip(bins, ranges, strict=True)]
+    axes.errorbar(places, [b.accuracy for b in bins], (below, above), fmt="o", color=TRAINING, capsize=3)
+    axes.axhline(evaluation.accuracy, color=VALIDATION, linewidth=1, linestyle=":")
+    axes.annotate(
+        "all texts", (len(bins) - 0.55, evaluation.accuracy), color=VALIDATION, va="bottom", ha="right", fontsize=8.5
+    )
+    axes.set_xticks(places, [f"{b.shortest:,}–{b.longest:,}\n{b.rows:,} texts" for b in bins], fontsize=8)
+    axes.set(xlabel="length in characters", title="Accuracy by length", xlim=(-0.5, len(bins) - 0.5))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.grid(axis="y", alpha=0.6)
+    return figure
+
+
+def draw_training(epochs: Sequence[Epoch], to: Path, best: int = 0) -> None:
+    """Draw loss, accuracy and learning rate over the epochs into a PNG file."""
+    save(training_figure(epochs, best), to)
+
+
+@matplotlib.rc_context(STYLE)
 def draw_evaluation(evaluation: Evaluation, to: Path) -> None:
-    """Draw which label was answered with which, and how often answers of each confidence were right."""
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    """Draw confusion and calibration into a PNG file."""
+    figure = _figure(9, 4.2)
     confusion, calibration = figure.subplots(1, 2)
+    _draw_confusion(confusion, evaluation)
+    _draw_calibration(calibration, evaluation, "")
+    save(figure, to)
+
+
+def save(figure: Figure, to: Path) -> None:
+    """Write a figure as PNG."""
+    FigureCanvasAgg(figure)
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(to, dpi=120)
+
+
+def svg(figure: Figure) -> str:
+    """Return a figure as an SVG element to stand in a page."""
+    with matplotlib.rc_context(STYLE), io.StringIO() as file:
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+        text = file.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _figure(width: float, height: float) -> Figure:
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _draw_confusion(axes: Axes, evaluation: Evaluation) -> None:
     counts, labels = evaluation.confusion, evaluation.labels
     shares = [[count / max(1, sum(row)) for count in row] for row in counts]
-    confusion.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    confusion.set(title="confusion", xlabel="answered", ylabel="truth")
+    axes.imshow(shares, cmap="GnBu", vmin=0, vmax=1)
+    axes.set(title="Confusion", xlabel="answered", ylabel="truth")
     if len(labels) <= NAMED_LABELS:
         places = range(len(labels))
-        confusion.set_xticks(places, labels, rotation=45 if len(labels) > 4 else 0)
-        confusion.set_yticks(places, labels)
+        short = [label if len(label) <= 18 else label[:17] + "…" for label in labels]
+        axes.set_xticks(places, short, rotation=45 if len(labels) > 4 else 0)
+        axes.set_yticks(places, short)
         for i in places:
             for j in places:
-                colour = "white" if shares[i][j] > 0.5 else "black"
-                confusion.text(j, i, f"{counts[i][j]:,}", ha="center", va="center", color=colour)
-    calibration.plot([0, 1], [0, 1], "--", color="grey", linewidth=1)
-    bins = evaluation.calibration
-    calibration.plot([b.confidence for b in bins], [b.accuracy for b in bins], "o-", color=TRAINING)
-    title = f"calibration (expected error {evaluation.calibration_error:.3f})"
-    calibration.set(title=title, xlabel="confidence", ylabel="right", xlim=(1 / len(labels), 1.01), ylim=(0, 1.02))
-    calibration.grid(alpha=0.3)
-    _save(figure, to)
+                colour = "white" if shares[i][j] > 0.6 else "#132325"
+                axes.text(j, i, f"{counts[i][j]:,}", ha="center", va="center", color=colour)
 
 
-def _save(figure: Figure, to: Path) -> None:
-    FigureCanvasAgg(figure)
-    figure.savefig(to, dpi=120)
+def _draw_calibration(axes: Axes, evaluation: Evaluation, label: str) -> None:
+    axes.plot([0, 1], [0, 1], "--", color="#9fb0b2", linewidth=1)
+    _plot_bins(axes, evaluation.calibration, TRAINING, label)
+    title = "Calibration" if label else f"Calibration (expected error {evaluation.calibration_error:.3f})"
+    low = 1 / len(evaluation.labels)
+    axes.set(title=title, xlabel="confidence", ylabel="right", xlim=(low, 1.01), ylim=(0, 1.02))
+    axes.grid(alpha=0.6)
+
+
+def _plot_bins(axes: Axes, bins: Sequence[CalibrationBin], colour: str, label: str) -> None:
+    axes.plot([b.confidence for b in bins], [b.accuracy for b in bins], "o-", color=colour, label=label, markersize=4)
+
+
+def _wilson(share: float, rows: int, z: float = 1.96) -> tuple[float, float]:
+    """Return the interval that holds the true share with 95 % (Wilson 1927)."""
+    middle = (share + z * z / (2 * rows)) / (1 + z * z / rows)
+    half = z / (1 + z * z / rows) * (share * (1 - share) / rows + z * z / (4 * rows * rows)) ** 0.5
+    return middle - half, middle + half

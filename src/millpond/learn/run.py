@@ -1,10 +1,11 @@
-"""A run by hand: from a recipe to a directory with the model, its metrics, its worst mistakes and its pictures."""
+"""A run by hand: from a recipe to a directory with the model, its metrics, its worst mistakes and its report."""
 
 from __future__ import annotations
 
 import datetime
 import os
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,20 @@ import msgspec
 import numpy as np
 import torch
 
+from millpond import MillpondError
+from millpond.learn.calibrate import Scaling, scaled
+from millpond.learn.checkpoint import CheckpointError, Checkpoints, clear, dotted, is_checkpointed
 from millpond.learn.datasets import DataError, Dataset, Split
 from millpond.learn.evaluate import Evaluation, evaluate
 from millpond.learn.export import read_model, write_model
 from millpond.learn.fit import Report, Stopwatch, Trained, answer, fit, pick_device
 from millpond.learn.recipes import Recipe, load_data, shown_recipe, used_rows
+from millpond.learn.tracking import Tracker
 from millpond.registry import DataSource, Lineage
 from millpond.schema import JobProgress
 from millpond.settings import LearnSettings
+
+CHECKPOINTS = "checkpoints"
 
 
 @dataclass
@@ -27,11 +34,23 @@ class Run:
     """What a run by hand came to; its files are in `directory`, the model in `directory`/model."""
 
     directory: Path
+    name: str
+    started: datetime.datetime
     recipe: Recipe
     dataset: Dataset
     trained: Trained
     evaluation: Evaluation
+    scaling: Scaling | None
+    """What temperature scaling would do to the test scores; None without validation rows."""
     watch: Stopwatch
+
+    def options(self) -> dict[str, Any]:
+        """Return every option that the model depends on, by dotted name, with what was filled in."""
+        table = msgspec.to_builtins(self.recipe)
+        del table["data"]
+        table["model"]["options"] = msgspec.to_builtins(self.trained.options)
+        table["training"] = msgspec.to_builtins(self.trained.how)
+        return dotted(table)
 
     def summary(self) -> dict[str, Any]:
         """Return the run in plain values, as metrics.json holds it."""
@@ -49,27 +68,42 @@ class Run:
                 "test_rows": len(self.dataset.test),
             },
             "recipe": shown_recipe(self.recipe),
+            "training": msgspec.to_builtins(self.trained.how),
             "device": str(self.trained.device),
             "epochs": [asdict(epoch) for epoch in training.epochs],
             "best_epoch": training.best,
-            "interrupted": training.interrupted,
+            "ended": training.ended,
+            "error": training.error,
+            "resumed": training.resumed,
             "test": msgspec.to_builtins(self.evaluation) | {"worst": None},
+            "scaling": msgspec.to_builtins(self.scaling),
             "seconds": self.watch.seconds,
         }
 
 
-def run(recipe: Recipe, settings: LearnSettings, *, device: str, name: str, out: Path | None, report: Report) -> Run:
+def run(
+    recipe: Recipe,
+    settings: LearnSettings,
+    *,
+    device: str,
+    name: str,
+    out: Path | None,
+    report: Report,
+    resume: bool = False,
+    tracker: Tracker | None = None,
+) -> Run:
     """Train by the recipe, read the test split once, write everything into `out`.
+
+    With `resume` it goes on from the last checkpoint in `out`, or in the newest run that did not end.
 
     Raises:
         DataError: the data cannot be used, or `out` is there already.
         TrainingError: training cannot go on.
+        CheckpointError: there is nothing to resume, or it is another training's, or the disk is full.
         ExportError: the exported graph does not answer as the model does.
     """
     started = datetime.datetime.now(datetime.UTC)
-    directory = out or settings.home / "runs" / f"{started:%Y%m%d-%H%M%S}-{recipe.model.architecture}"
-    if directory.exists() and any(directory.iterdir()):
-        raise DataError(f"{directory} is not empty; a run writes into a directory of its own. Give another --out.")
+    directory = _directory(out, settings.home / "runs", f"{started:%Y%m%d-%H%M%S}-{recipe.model.architecture}", resume)
     set_threads(settings)
     watch = Stopwatch()
     with watch.stage("data"):
@@ -81,11 +115,26 @@ def run(recipe: Recipe, settings: LearnSettings, *, device: str, name: str, out:
             on_rows=lambda count: report(JobProgress(stage="data", done=count, note=f"{note}, {count:,} rows")),
         )
         used, _ = used_rows(recipe, dataset)
-    trained = fit(recipe, dataset, used, pick_device(device), report, watch, home=settings.home)
+    on_device = pick_device(device)
+    keep = partial(Checkpoints, directory / CHECKPOINTS, every_s=settings.checkpoint_s)
+    if tracker is not None:
+        tags = {"model": name, "data": dataset.name, "data.digest": dataset.digest, "device": str(on_device)}
+        tracker.start(directory, tags)
+    on_epoch = tracker.epoch if tracker is not None else lambda epoch: None
+    try:
+        trained = fit(recipe, dataset, used, on_device, report, watch, home=settings.home, keep=keep, on_epoch=on_epoch)
+    except MillpondError:
+        if tracker is not None:
+            tracker.fail()
+        raise
     with watch.stage("evaluate"):
         report(JobProgress(stage="evaluate", note=f"answering {len(dataset.test):,} test texts"))
         probability = answer(trained.model, trained.encoder, dataset.test.texts, trained.device)
         evaluation = evaluate(probability, dataset.test, dataset.labels)
+        scaling = None
+        if (held := trained.held) is not None:
+            of_held = answer(trained.model, trained.encoder, held.texts, trained.device)
+            scaling = scaled(of_held, held.labels, probability, dataset.test.labels)
     with watch.stage("export"):
         report(JobProgress(stage="export"))
         write_model(
@@ -106,20 +155,54 @@ def run(recipe: Recipe, settings: LearnSettings, *, device: str, name: str, out:
             lineage=Lineage(seed=recipe.seed, dropped_leaks=dataset.dropped_leaks),
             sample_texts=dataset.test.texts[:: max(1, len(dataset.test) // 8)],
         )
-    done = Run(directory, recipe, dataset, trained, evaluation, watch)
-    with watch.stage("pictures"):
-        _write_report(done)
+    done = Run(directory, name, started, recipe, dataset, trained, evaluation, scaling, watch)
+    with watch.stage("report"):
+        _write_results(done)
+    if tracker is not None:
+        with watch.stage("track"):
+            tracker.finish(done)
+    if trained.training.ended != "interrupted":  # else --resume goes on from there
+        clear(directory / CHECKPOINTS)
     return done
 
 
-def _write_report(run: Run) -> None:
-    from millpond.learn.pictures import draw_evaluation, draw_training
+def _directory(out: Path | None, runs: Path, name: str, resume: bool) -> Path:
+    """Return the directory to write into: an empty one, or with `resume` that of a run that did not end."""
+    if out is None and resume:
+        unfinished = [place for place in runs.glob("*") if is_checkpointed(place / CHECKPOINTS)]
+        if not unfinished:
+            raise CheckpointError(
+                f"no run below {runs} has a checkpoint: there is nothing to resume. Leave --resume out."
+            )
+        return max(unfinished, key=lambda place: (place / CHECKPOINTS).stat().st_mtime)
+    directory = out or runs / name
+    if directory.exists() and any(directory.iterdir()):
+        if not resume:
+            hint = " Or go on with the run in it: --resume." if is_checkpointed(directory / CHECKPOINTS) else ""
+            raise DataError(
+                f"{directory} is not empty; a run writes into a directory of its own. Give another --out.{hint}"
+            )
+        if not is_checkpointed(directory / CHECKPOINTS) and [path.name for path in directory.iterdir()] != [
+            CHECKPOINTS
+        ]:
+            raise CheckpointError(
+                f"{directory} has no checkpoint: the run in it is finished, or it is none. Give another --out, "
+                "without --resume."
+            )
+    return directory
 
+
+def _write_results(run: Run) -> None:
+    from millpond.learn.pictures import draw_evaluation, draw_training
+    from millpond.learn.report import write_report
+
+    training = run.trained.training
     (run.directory / "metrics.json").write_bytes(msgspec.json.format(msgspec.json.encode(run.summary())))
     _write_mistakes(run.evaluation, run.directory)
-    if run.trained.training.epochs:
-        draw_training(run.trained.training.epochs, run.directory / "training.png")
+    if training.epochs:
+        draw_training(training.epochs, run.directory / "training.png", training.best)
     draw_evaluation(run.evaluation, run.directory / "evaluation.png")
+    write_report(run, run.directory / "report.html")
 
 
 def _write_mistakes(evaluation: Evaluation, directory: Path) -> None:
