@@ -289,7 +289,7 @@ def _forward(
         try:
             return compiled(batch, wanted)
         except torch._dynamo.exc.TorchDynamoException as error:
-            why = str(error).strip().partition("\n")[0]
+            why = " ".join(str(error).split("\n")[:2]).rstrip(".")  # which backend, and then what it says
             raise TrainingError(f"the step cannot be compiled here: {why}. Train without --compile.") from error
 
     return guarded
