@@ -287,5 +287,37 @@ def test_what_needs_the_cuda_runtime_here_says_so_at_once():
     ):
         with pytest.raises(RuntimeError, match="at a worker"):
             action()
-    with pytest.raises(TypeError, match=r"can't convert .* tensor to numpy. Use Tensor.cpu"):
+    with pytest.raises(TypeError, match=r"can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu"):
         there.numpy()
+
+
+@on_cuda
+def test_streams_of_no_certain_device_are_the_pools():
+    stream = torch.Stream("cuda")
+    assert stream.device == torch.device("cuda:0")
+    batch = torch.ones(2, device="cuda")
+    batch.record_stream(torch.cuda.current_stream())
+    assert not torch.accelerator.current_stream().is_capturing()
+    assert torch.cuda.get_device_properties(0).multi_processor_count > 0
+
+
+@on_cuda
+def test_a_profiler_of_cuda_sees_this_process():
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        (torch.ones(2, device="cuda") * 2).sum().item()
+    assert "aten::mul" in profiler.key_averages().table()
+
+
+@on_cuda
+def test_a_scripted_model_loads_onto_the_device():
+    import io
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        file = io.BytesIO()
+        torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)), file)
+        file.seek(0)
+        assert torch.jit.load(file, map_location="cuda")(torch.ones(1, 2, device="cuda")).is_cuda

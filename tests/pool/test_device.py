@@ -495,3 +495,140 @@ def test_an_output_takes_the_shape_that_only_the_worker_knows():
     torch.masked_select(x, x > 0, out=chosen)
     assert chosen.tolist() == [1.0, 2.0]
     assert chosen.stride() == strides
+
+
+@on_device
+def test_checkpointing_draws_the_same_numbers_again():
+    from torch import nn
+    from torch.utils.checkpoint import checkpoint
+
+    model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 8)).to("pool")
+    x = torch.ones(4, 8, device="pool", requires_grad=True)
+    gradients = []
+    for run in (
+        model,
+        lambda x: checkpoint(model, x, use_reentrant=False),
+        lambda x: checkpoint(model, x, use_reentrant=True),
+    ):
+        torch.manual_seed(1)
+        gradients.append(torch.autograd.grad(run(x).sum(), x)[0].tolist() if run is model else None)
+        if run is not model:
+            x.grad = None
+            torch.manual_seed(1)
+            run(x).sum().backward()
+            gradients[-1] = x.grad.tolist()
+    assert gradients[1] == gradients[2] == gradients[0]
+
+
+@on_device
+def test_a_parameter_that_moves_stays_the_object_that_it_was():
+    import weakref
+
+    from torch import nn
+
+    class Marked(nn.Parameter):
+        pass
+
+    model, seen = nn.Linear(3, 3), []
+    model.own = Marked(torch.ones(2))
+    weight = model.weight
+    weight.mark = "kept"
+    weight.register_hook(lambda gradient: seen.append("hook"))
+    weight.register_post_accumulate_grad_hook(lambda parameter: seen.append("after"))
+    watch = weakref.ref(weight)  # as a compiled model holds
+    held = model(torch.ones(1, 3))  # a graph that refers to it
+    model.to("pool")
+    assert model.weight is weight is watch()
+    assert weight.mark == "kept"
+    assert type(model.own) is Marked
+    model(torch.ones(2, 3, device="pool")).sum().backward()
+    assert seen == ["hook", "after"]
+    del held
+
+
+@on_device
+def test_the_data_of_a_parameter_can_be_set_across_devices():
+    parameter = torch.nn.Parameter(torch.ones(2))
+    parameter.sum().backward()
+    parameter.data = parameter.data.to("pool")
+    assert parameter.device == parameter.grad.device == torch.device("pool:0")
+    parameter.square().sum().backward()
+    assert parameter.grad.tolist() == [3, 3]
+    parameter.data = parameter.data.cpu()
+    assert str(parameter.device) == str(parameter.grad.device) == "cpu"
+
+
+@on_device
+def test_sequences_of_different_lengths_are_packed_on_the_device():
+    from torch import nn
+    from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+    torch.manual_seed(0)
+    model, x, results = nn.LSTM(3, 4, bidirectional=True, batch_first=True), torch.randn(3, 5, 3), []
+    for device in ("cpu", "pool"):
+        model.to(device).zero_grad()
+        packed = pack_padded_sequence(x.to(device), torch.tensor([5, 2, 3]), batch_first=True, enforce_sorted=False)
+        out, lengths = pad_packed_sequence(model(packed)[0], batch_first=True)
+        out.square().sum().backward()
+        results.append([out.detach().cpu(), lengths, *(p.grad.clone().cpu() for p in model.parameters())])
+    for host, pooled in zip(*results, strict=True):
+        torch.testing.assert_close(pooled, host)
+
+
+@on_device
+def test_a_transformer_encoder_takes_a_padding_mask():
+    import warnings
+
+    from torch import nn
+
+    torch.manual_seed(0)
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval()
+    x, mask = torch.randn(2, 3, 8), torch.tensor([[False, False, True], [False, False, False]])
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on the host PyTorch makes nested tensors, and says that they are new
+        host = model(x, src_key_padding_mask=mask)
+        pooled = model.to("pool")(x.to("pool"), src_key_padding_mask=mask.to("pool")).cpu()
+    torch.testing.assert_close(pooled[~mask], host[~mask])
+
+
+@on_device
+def test_the_accelerator_tells_of_memory_streams_and_events():
+    before = torch.accelerator.memory_allocated()
+    held = torch.ones(1024, device="pool")
+    assert torch.accelerator.memory_allocated() - before == 4096
+    assert torch.accelerator.max_memory_allocated() >= before + 4096
+    assert torch.accelerator.get_memory_info()[1] == torch.pool.mem_get_info()[1]
+    torch.accelerator.empty_cache()
+    start, end = (torch.Event(device="pool", enable_timing=True) for _ in range(2))
+    start.record()
+    with torch.Stream(device="pool") as stream:
+        held += 1
+    end.record()
+    torch.accelerator.current_stream().wait_stream(stream)
+    held.record_stream(stream)
+    assert start.elapsed_time(end) >= 0
+    assert isinstance(stream, torch.Stream)
+    assert isinstance(end, torch.Event)
+    assert held.sum().item() == 2048
+
+
+@on_device
+def test_what_backward_needs_can_be_kept_on_the_host():
+    x = torch.ones(3, device="pool", requires_grad=True)
+    with torch.autograd.graph.save_on_cpu(pin_memory=True):
+        y = x.exp()
+    y.sum().backward()
+    assert torch.equal(x.grad, y)
+
+
+@on_device
+def test_a_compiler_of_cuda_code_says_at_once_that_the_device_is_elsewhere():
+    from torch.utils import cpp_extension
+
+    for build in (
+        lambda: cpp_extension.load("name", ["kernel.cu"]),
+        lambda: cpp_extension.load_inline("name", "", cuda_sources="__global__ void f() {}"),
+        lambda: cpp_extension.CUDAExtension("name", ["kernel.cu"]),
+    ):
+        with pytest.raises(RuntimeError, match="the CUDA extension 'name' needs a GPU"):
+            build()

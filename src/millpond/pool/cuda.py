@@ -15,7 +15,7 @@ import torch
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 from torch.utils._device import DeviceContext, _device_constructors
 
-from millpond.pool import autocast, cuda_runtime, generators
+from millpond.pool import accelerator, autocast, cuda_runtime, generators, late
 from millpond.pool.errors import NeedsCuda
 from millpond.pool.operators import DENIED
 from millpond.pool.tensors import DEVICE, device_of, storage_device_of
@@ -51,10 +51,16 @@ def install(library: torch.library.Library, module: Any) -> None:
         owner.to_dlpack = _refusing_pool(owner.to_dlpack)  # type: ignore[attr-defined]
     torch.UntypedStorage.__new__ = _meaning_pool(torch.UntypedStorage.__new__)  # type: ignore[method-assign]
     torch.UntypedStorage._share_cuda_ = _no_sharing  # type: ignore[method-assign,assignment]
+    for name in ("_share_fd_cpu_", "_share_filename_cpu_"):
+        setattr(torch.UntypedStorage, name, _sharing_host(getattr(torch.UntypedStorage, name)))
+    Tensor.numpy = _numpy  # type: ignore[method-assign,assignment]
     torch.get_default_device = _showing(torch.get_default_device)
     generators.install(meant, shown, module.session)
     autocast.install(library)
-    cuda_runtime.install(module, meant)
+    cuda_runtime.install(module, meant, shown)
+    accelerator.install(meant)
+    late.install()
+    torch.jit.load = _loading(torch.jit.load)
 
 
 def say() -> None:
@@ -167,6 +173,16 @@ def _meaning_pool(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def _loading(load: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `torch.jit.load`, that takes `cuda` for the pool."""
+
+    @functools.wraps(load)
+    def call(file: Any, map_location: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return load(file, meant(map_location), *args, **kwargs)
+
+    return call
+
+
 def _mode_meaning_pool(init: Callable[..., None]) -> Callable[..., None]:
     def start(self: Any, device: Any) -> None:
         init(self, meant(device))
@@ -240,6 +256,30 @@ def _refusing_pool(export: Callable[..., Any]) -> Callable[..., Any]:
         if device_of(tensor).type == DEVICE:
             raise NeedsCuda("the memory of a tensor", "Copy the tensor to the host first: tensor.cpu().")
         return export(tensor, *args, **kwargs)
+
+    return call
+
+
+_tensor_numpy: Callable[..., Any] = Tensor.numpy
+
+
+def _numpy(self: Tensor, *, force: bool = False) -> Any:
+    """`Tensor.numpy`, whose refusal names the device as the program does."""
+    try:
+        return _tensor_numpy(self, force=force)
+    except TypeError as error:
+        device = device_of(self)
+        raise TypeError(str(error).replace(str(device), str(shown(device)))) from None
+
+
+def _sharing_host(share: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a way to share a storage with other processes that refuses one of the pool."""
+
+    @functools.wraps(share)
+    def call(storage: Any, *args: Any, **kwargs: Any) -> Any:
+        if storage_device_of(storage).type == DEVICE:
+            _no_sharing(storage)
+        return share(storage, *args, **kwargs)
 
     return call
 

@@ -24,6 +24,7 @@ from millpond.pool.tensors import DEVICE
 _pool: Any
 """`torch.pool`."""
 _meant: Callable[[Any], Any]
+_shown: Callable[[torch.device], torch.device]
 
 _NEEDS_CUDA = """cudart ipc_collect_handles caching_allocator_alloc caching_allocator_delete caching_allocator_enable
 change_current_allocator memory_snapshot get_stream_from_external current_blas_handle current_solver_handle
@@ -32,12 +33,15 @@ device_memory_used list_gpu_processes _sleep _compile_kernel use_mem_pool"""
 _CLASSES_THAT_NEED_CUDA = "CUDAGraph graph ExternalStream MemPool CUDAPluggableAllocator"
 
 
-def install(module: Any, meant: Callable[[Any], Any]) -> None:
-    """Replace the functions of `torch.cuda`. `module` is `torch.pool`; `meant` maps a device to the pool's."""
-    global _pool, _meant
-    _pool, _meant = module, meant
+def install(module: Any, meant: Callable[[Any], Any], shown: Callable[[torch.device], torch.device]) -> None:
+    """Replace the functions of `torch.cuda`.
+
+    `module` is `torch.pool`; `meant` maps a device to the pool's, `shown` one of the pool to what the program calls it.
+    """
+    global _pool, _meant, _shown
+    _pool, _meant, _shown = module, meant, shown
     owners: list[Any] = [torch.cuda, torch.cuda.memory, torch.cuda.random, torch.cuda.streams, torch.cuda.graphs]
-    replaced = {name: value for name, value in globals().items() if name in _NAMES}
+    replaced = {name: value for name, value in globals().items() if name in NAMES}
     replaced.update({name: _refuse(name) for name in _NEEDS_CUDA.split()})
     for name in _CLASSES_THAT_NEED_CUDA.split():  # classes still: programs name them in annotations
         replaced[name] = type(name, (), {"__new__": _refuse(name), "__module__": "torch.cuda"})
@@ -46,6 +50,7 @@ def install(module: Any, meant: Callable[[Any], Any]) -> None:
         for owner in owners[1:]:
             if hasattr(owner, name):
                 setattr(owner, name, value)
+    torch.cuda._initialized = True  # else checkpointing would not keep the device's random numbers
     torch.cuda._lazy_init = torch.cuda.init = torch.cuda.ipc_collect = _nothing
     torch.cuda._lazy_call = lambda callable, **kwargs: callable()
     torch.cuda._is_in_bad_fork = module._is_in_bad_fork
@@ -84,7 +89,7 @@ def _index(device: Any) -> int:
     named = _meant(torch.device(device))
     if named.type != DEVICE:
         raise ValueError(f"Expected a cuda device, but got: {device}")
-    return int(named.index)
+    return current_device() if named.index is None else int(named.index)
 
 
 # --- devices -------------------------------------------------------------------------------------------------------
@@ -312,7 +317,15 @@ class Stream:
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cuda", self.device_index)
+        return _shown(torch.device(DEVICE, self.device_index))
+
+    def __enter__(self) -> Stream:
+        self._before = current_device()
+        set_stream(self)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        _pool.set_device(self._before)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Stream) and other.device_index == self.device_index
@@ -323,6 +336,9 @@ class Stream:
     def query(self) -> bool:
         self.synchronize()
         return True
+
+    def is_capturing(self) -> bool:
+        return False
 
     def synchronize(self) -> None:
         synchronize(self.device_index)
@@ -413,7 +429,7 @@ def stream(stream: Stream | None) -> StreamContext:
     return StreamContext(stream)
 
 
-_NAMES = frozenset(
+NAMES = frozenset(
     name
     for name, value in list(globals().items())
     if not name.startswith("_") and getattr(value, "__module__", "") == __name__ and name not in ("install",)

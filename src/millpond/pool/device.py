@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils import backend_registration
 
-from millpond.pool import attach, capture, cuda, kernels, parallel, shims, sparse, transport, wire
+from millpond.pool import attach, capture, cuda, cuda_runtime, kernels, parallel, shims, sparse, transport, wire
 from millpond.pool.errors import LeaseError
 from millpond.pool.link import Dialler, Link
 from millpond.pool.session import Session
@@ -114,6 +114,14 @@ class DeviceModule:
     def is_available(self) -> bool:
         """Return True: the device is registered only where there is a lease."""
         return True
+
+    _initialized = True  # what checkpointing looks at
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what `torch.cuda` has under a name, for what is not here."""
+        if name in cuda_runtime.NAMES:
+            return getattr(cuda_runtime, name)
+        raise AttributeError(f"module 'torch.{DEVICE}' has no attribute '{name}'")
 
     def is_initialized(self) -> bool:
         """Return True: a connection is made when it is needed."""

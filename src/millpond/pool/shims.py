@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.nn.parameter import UninitializedParameter
+from torch.nn.parameter import Parameter, UninitializedParameter
 
 from millpond.pool.tensors import DEVICE, device_of, storage_device_of
 
@@ -21,6 +21,10 @@ _read_storage: Callable[..., torch.UntypedStorage] = torch.UntypedStorage._set_f
 _synchronize: Callable[..., None] = torch.accelerator.synchronize
 _swap_tensors: Callable[..., None] = torch.utils.swap_tensors
 _new_lazy: Callable[..., Tensor] = UninitializedParameter
+_get_data: Callable[..., Tensor] = torch._C.TensorBase.data.__get__  # type: ignore[attr-defined]
+_set_data: Callable[..., None] = torch._C.TensorBase.data.__set__  # type: ignore[attr-defined]
+_profile: Callable[..., None] = torch.autograd.profiler.profile.__init__
+_save_on_cpu: Callable[..., None] = torch.autograd.graph.save_on_cpu.__init__
 
 
 def install(library: torch.library.Library) -> None:
@@ -32,10 +36,15 @@ def install(library: torch.library.Library) -> None:
     torch.UntypedStorage._set_from_file = read_storage  # type: ignore[method-assign,assignment]
     torch.accelerator.synchronize = synchronize
     torch.utils.swap_tensors = swap_tensors
+    Tensor.data = property(_get_data, set_data)  # type: ignore[assignment]
+    torch.autograd.profiler.profile.__init__ = profile  # type: ignore[method-assign]
+    torch.autograd.graph.save_on_cpu.__init__ = save_on_cpu  # type: ignore[method-assign]
     for name in ("to", "cpu", "cuda", "double", "float", "half", "bfloat16"):
         setattr(UninitializedParameter, name, lazy_conversion(name))
     for name, kernel in (("is_pinned", is_pinned), ("_pin_memory", pin_memory)):
         library.impl(name, kernel, "CPU")  # type: ignore[no-untyped-call]
+    # A padded batch stays one in nn.TransformerEncoder: the worker has no nested tensors.
+    library.impl("_nested_tensor_from_mask_left_aligned", lambda *args: False, "PrivateUse1")  # type: ignore[no-untyped-call]
     for name, cell in (("_thnn_fused_lstm_cell", lstm_cell), ("_thnn_fused_gru_cell", gru_cell)):
         for key in ("PrivateUse1", "AutogradPrivateUse1"):
             library.impl(name, cell, key)  # type: ignore[no-untyped-call]
@@ -88,12 +97,55 @@ def lazy_conversion(name: str) -> Callable[..., Tensor]:
 
 
 def swap_tensors(one: Tensor, other: Tensor) -> None:
-    """Swap two tensors, as `Module.to` does; PyTorch would ask a lazy module's parameter for its gradient."""
+    """Swap two tensors, as `Module.to` does; PyTorch would ask a lazy module's parameter for its gradient.
+
+    It also refuses one that a compiled model or a graph refers to, and loses its attributes and hooks; for a GPU, it
+    sets `data`, and does neither.
+    """
     if isinstance(one, UninitializedParameter):
         moved = _new_lazy(one.requires_grad, device=device_of(other), dtype=other.dtype)
         torch._C._swap_tensor_impl(one, moved)
+    elif isinstance(one, Parameter) or {type(one), type(other)} == {Tensor}:
+        _become(one, other)
     else:
         _swap_tensors(one, other)
+
+
+def set_data(tensor: Tensor, value: Tensor) -> None:
+    """Set `data`, across devices as well: `parameter.data = parameter.data.cuda()`. A gradient goes along."""
+    if (device_of(tensor).type == DEVICE) is (device_of(value).type == DEVICE):
+        _set_data(tensor, value)
+        return
+    gradient = tensor.grad if tensor.is_leaf else None
+    _become(tensor, value.detach().requires_grad_(tensor.requires_grad))
+    if gradient is not None:
+        tensor.grad = gradient.to(value.device)
+
+
+def _become(tensor: Any, other: Tensor) -> None:
+    """Have a tensor be what another one is; it stays the object that it was, with its attributes and hooks."""
+    hooks, after_gradient = tensor._backward_hooks, tensor._post_accumulate_grad_hooks
+    if tensor.is_leaf and tensor.requires_grad and tensor._use_count() > 1:  # a graph refers to what it was
+        torch.autograd.graph.get_gradient_edge(tensor).node.register_prehook(_moved_since)
+    torch._C._swap_tensor_impl(tensor, other)
+    tensor._backward_hooks, tensor._post_accumulate_grad_hooks = hooks, after_gradient
+
+
+def _moved_since(gradients: Any) -> None:
+    raise RuntimeError(
+        "a parameter was moved to another device between the forward and the backward pass, so that its gradient has "
+        "no place to go. Move the model before the forward pass."
+    )
+
+
+def profile(self: Any, enabled: bool = True, *, use_cuda: bool = False, use_device: Any = None, **kwargs: Any) -> None:
+    """Start to profile: this process, as the kernels of a GPU run in the worker's."""
+    _profile(self, enabled, use_device=None if use_device in (DEVICE, "cuda") else use_device, **kwargs)
+
+
+def save_on_cpu(self: Any, pin_memory: bool = False, device_type: str = DEVICE) -> None:
+    """Keep what the backward pass needs in the host's memory, of which none is pinned: see `pin_memory`."""
+    _save_on_cpu(self, False, device_type)
 
 
 def pin_memory(tensor: Tensor, device: Any = None) -> Tensor:
