@@ -80,7 +80,7 @@ def names(kind: str, dtype: torch.dtype) -> list[str]:
         return [op.full_name for op in op_db if op.supports_dtype(dtype, "cpu")]
     if kind == "module":
         return [info.name for info in module_db if dtype in info.dtypes]
-    return [info.optim_cls.__name__ for info in optim_db]
+    return [info.optim_cls.__name__ for info in optim_db] if dtype.is_floating_point else []
 
 
 def run(case: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """PyTorch's own databases of operators, modules and optimizers on the pool device, against plain CPU.
 
-    python tests/pool/conformance/sweep.py [--kind operator] [--dtype float32] [--samples 4] [--only REGEX] [--page]
+    python tests/pool/conformance/sweep.py [--kind operator] [--dtype float32 …] [--samples 4] [--only REGEX] [--page]
 
 The worker and the program on the device are processes of their own, over a real socket; whichever dies is started
 again, and the case counts as a crash. `--page` writes docs/reference/operators.md from a whole run.
@@ -9,6 +9,7 @@ again, and the case counts as a crash. `--page` writes docs/reference/operators.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import select
@@ -48,7 +49,7 @@ worker in another process over a real socket. A round trip is a wait for the wor
 The figures are the most that any sample took, from its second call on: a shape that only the worker knows is asked
 for once for each signature, and never again.
 
-*This page is written by `python tests/pool/conformance/sweep.py --samples 4 --page`.*
+*This page is written by `python tests/pool/conformance/sweep.py --dtype DTYPE … --samples 4 --page`.*
 """
 
 Result = dict[str, Any]
@@ -135,8 +136,23 @@ def sweep(site: Site, kind: str, dtype: str, *, percent: int = 100, samples: int
     return [site.run({"kind": kind, "name": name, "dtype": dtype, "samples": samples}) for name in shown]
 
 
+def row(results: list[Result]) -> str:
+    """Return the page's line about a database and a dtype."""
+    counts = Counter(result["outcome"] for result in results)
+    lacking = len(results) - counts["pass"] - counts["skipped"]
+    return f"| {results[0]['kind']}s | {results[0]['dtype']} | {counts['pass']} | {lacking} | {counts['skipped']} |"
+
+
+def _by_database(results: Iterable[Result]) -> dict[tuple[str, str], list[Result]]:
+    by_database: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        by_database.setdefault((result["kind"], result["dtype"]), []).append(result)
+    return by_database
+
+
 def page(results: Iterable[Result]) -> str:
     """Return docs/reference/operators.md."""
+    by_database = _by_database(results)
     lines = [HEAD, "## What is not there", "", "| | | reason |", "|---|---|---|"]
     lines += [f"| {kind} | `{name}` | {reason} |" for (kind, name), reason in LACKING.items()]
     lines += [
@@ -145,15 +161,11 @@ def page(results: Iterable[Result]) -> str:
         "",
         "| | dtype | agree | lacking | plain CPU lacks it too |",
         "|---|---|---|---|---|",
+        *(row(those) for those in by_database.values()),
     ]
-    by_database: dict[tuple[str, str], list[Result]] = {}
-    for result in results:
-        by_database.setdefault((result["kind"], result["dtype"]), []).append(result)
     for (kind, dtype), those in by_database.items():
-        counts = Counter(result["outcome"] for result in those)
-        lacking = len(those) - counts["pass"] - counts["skipped"]
-        lines.append(f"| {kind}s | {dtype} | {counts['pass']} | {lacking} | {counts['skipped']} |")
-    for (kind, _), those in by_database.items():
+        if dtype != "float32":
+            continue  # the same round trips again
         waiting = [r for r in those if r["outcome"] == "pass" and (r["forward"] or r["backward"])]
         free = [f"`{r['name']}`" for r in those if r["outcome"] == "pass" and r not in waiting]
         lines += ["", f"## Round trips: {kind}s", "", f"| {kind} | forward | backward |", "|---|---|---|"]
@@ -166,7 +178,7 @@ def main() -> None:
     """Run what the arguments say; print a line per case that did not pass, and the counts."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--kind", choices=KINDS, action="append")
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", nargs="+", default=["float32"])
     parser.add_argument("--samples", type=int, default=0, help="most samples per case; 0: all")
     parser.add_argument("--only", default="", help="a regular expression for names")
     parser.add_argument("--percent", type=int, default=100, help="a fixed share of the cases")
@@ -175,15 +187,13 @@ def main() -> None:
     options = parser.parse_args()
     results: list[Result] = []
     with tempfile.TemporaryDirectory() as directory, Site(Path(directory)) as site:
-        for kind in options.kind or KINDS:
-            those = sweep(
-                site, kind, options.dtype, percent=options.percent, samples=options.samples, only=options.only
-            )
+        for dtype, kind in itertools.product(options.dtype, options.kind or KINDS):
+            those = sweep(site, kind, dtype, percent=options.percent, samples=options.samples, only=options.only)
             for result in those:
                 if result["outcome"] not in ("pass", "skipped"):
                     print(f"{result['outcome']:8} {result['name']} ({result['seconds']} s): {result['message'][:600]}")
             counts = Counter(result["outcome"] for result in those)
-            print(f"{kind} {options.dtype}: {dict(counts)} of {len(those)}", flush=True)
+            print(f"{kind} {dtype}: {dict(counts)} of {len(those)}", flush=True)
             results += those
     if options.json:
         options.json.write_text("".join(json.dumps(result) + "\n" for result in results))

@@ -1,5 +1,9 @@
 """A long loop leaves memory flat on both sides."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 PROGRAM = """
@@ -37,3 +41,17 @@ def test_ten_thousand_steps_leave_memory_as_it_was(worker):
     """About a minute on two cores."""
     done = worker.run(PROGRAM, timeout_s=590)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_models_that_are_made_and_dropped_leave_memory_as_it_was(worker):
+    program = Path(__file__).parents[1] / "programs/keep_training.py"
+    command = [sys.executable, str(program), "100"]
+    done = subprocess.run(command, env=worker.environment(), capture_output=True, text=True, timeout=590, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    drops = [[int(number) for number in line[2:]] for line in lines if line[0] == "drop"]
+    settled, after = drops[5], drops[10]
+    assert after[2] == settled[2] == 0
+    assert all(now - then < 16 * 2**20 for now, then in zip(after[:2], settled[:2], strict=True)), (settled, after)
