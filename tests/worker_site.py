@@ -23,12 +23,17 @@ PEER_TOKEN = "the token of the lease's workers among themselves"
 
 
 class SessionConnection(transport.Connection):
-    """A session over the one connection that it began on; what a link says to its other end is passed over."""
+    """A session over the one connection that it began on: it says what has come in, and passes over what it is told."""
+
+    received = 0
 
     def receive(self, *args: Any, **kwargs: Any) -> tuple[wire.Message, memoryview]:
-        while isinstance((received := super().receive(*args, **kwargs))[0], wire.Received):
+        while isinstance((taken := super().receive(*args, **kwargs))[0], wire.Received):
             pass
-        return received
+        self.received += 1
+        if len(taken[1]):
+            self.send(wire.Received(self.received))
+        return taken
 
     def close(self) -> None:
         with contextlib.suppress(ConnectionLost):

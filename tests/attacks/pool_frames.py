@@ -115,8 +115,11 @@ MESSAGES: dict[wire.Direction, Any] = {
     "greeting": wire.Greeting,
     "to-worker": wire.ToWorker,
     "from-worker": wire.FromWorker,
+    "to-peer": wire.ToPeer,
     "to-broker": wire.ToBroker,
     "from-broker": wire.FromBroker,
+    "to-host": wire.ToHost,
+    "from-host": wire.FromHost,
 }
 
 

@@ -632,3 +632,23 @@ def test_a_compiler_of_cuda_code_says_at_once_that_the_device_is_elsewhere():
     ):
         with pytest.raises(RuntimeError, match="the CUDA extension 'name' needs a GPU"):
             build()
+
+
+@on_device
+def test_kernels_that_are_on_no_workers_list_are_made_of_others():
+    from torch import nn
+    from torch.nn.utils import parametrizations
+
+    here = parametrizations.weight_norm(nn.Linear(4, 3))
+    there = parametrizations.weight_norm(nn.Linear(4, 3)).to("pool")
+    there.load_state_dict(here.state_dict())
+    x = torch.randn(2, 4)
+    for module, device in ((here, "cpu"), (there, "pool")):
+        module(x.to(device)).pow(2).sum().backward()
+    torch.testing.assert_close(there(x.to("pool")).cpu(), here(x))
+    for mine, theirs in zip(there.parameters(), here.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad.cpu(), theirs.grad)
+
+    x, weight, bias = torch.randn(7, 2, 4), torch.randn(3, 4, 5), torch.randn(5)
+    over_there = torch.conv_tbc(x.to("pool"), weight.to("pool"), bias.to("pool"), 1)
+    torch.testing.assert_close(over_there.cpu(), torch.conv_tbc(x, weight, bias, 1))

@@ -16,6 +16,9 @@ import torch
 from millpond.pool import codec, guards, operators, wire
 from millpond.pool.errors import WireError
 
+COPIED_BYTES = 1024 * 1024
+"""Answers up to this size are copied out of their tensor."""
+
 Getter = Callable[[Sequence[torch.Tensor], Sequence[codec.Number]], Any]
 
 
@@ -395,7 +398,9 @@ class Executor:
             raise Failure("refused", f"{read.length} bytes at {read.offset} are not within {source.numel()}")
         part = source[read.offset : read.offset + read.length]
         host: torch.Tensor = typed(part.cpu)
-        return host.numpy().data
+        data = host.numpy().data
+        # The link keeps an answer until the client has it: a few bytes must not keep a large tensor's memory.
+        return memoryview(bytes(data)) if len(data) <= COPIED_BYTES else data
 
     def _tensor(self, handle: int) -> torch.Tensor:
         tensor = self._tensors.get(handle)

@@ -405,7 +405,7 @@ COMPOSED = {
     *("squeeze", "unsqueeze", "t", "transpose", "split", "split_with_sizes", "unbind", "_conj", "_neg_view"),
     *("is_same_size", "is_coalesced", "dense_dim", "sparse_dim"),
     "_to_sparse",  # by `sparse`
-    *("_thnn_fused_lstm_cell", "_thnn_fused_gru_cell"),  # by `shims`
+    *("_thnn_fused_lstm_cell", "_thnn_fused_gru_cell", "conv_tbc"),  # by `shims`
     "_pack_padded_sequence",  # its lengths are in the host's memory, and decide what comes out
 }
 """Ops that PyTorch itself composes of others, and should: views, and what asks only for metadata."""

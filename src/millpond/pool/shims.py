@@ -43,11 +43,17 @@ def install(library: torch.library.Library) -> None:
         setattr(UninitializedParameter, name, lazy_conversion(name))
     for name, kernel in (("is_pinned", is_pinned), ("_pin_memory", pin_memory)):
         library.impl(name, kernel, "CPU")  # type: ignore[no-untyped-call]
-    # A padded batch stays one in nn.TransformerEncoder: the worker has no nested tensors.
-    library.impl("_nested_tensor_from_mask_left_aligned", lambda *args: False, "PrivateUse1")  # type: ignore[no-untyped-call]
-    for name, cell in (("_thnn_fused_lstm_cell", lstm_cell), ("_thnn_fused_gru_cell", gru_cell)):
+    # Its kernels take a program's word for too much to be on a worker's list, and it makes nested tensors.
+    torch.backends.mha.set_fastpath_enabled(False)
+    composed: dict[str, Callable[..., Any]] = {
+        "_thnn_fused_lstm_cell": lstm_cell,
+        "_thnn_fused_gru_cell": gru_cell,
+        "_weight_norm": weight_norm,
+        "conv_tbc": conv_tbc,
+    }
+    for name, composition in composed.items():
         for key in ("PrivateUse1", "AutogradPrivateUse1"):
-            library.impl(name, cell, key)  # type: ignore[no-untyped-call]
+            library.impl(name, composition, key)  # type: ignore[no-untyped-call]
 
 
 def new_storage(cls: type[torch.UntypedStorage], *args: Any, device: Any = None, **kwargs: Any) -> torch.UntypedStorage:
@@ -172,6 +178,17 @@ def lstm_cell(
     into, forget, fresh, out = gates.chunk(4, 1)
     cell = forget.sigmoid() * cell + into.sigmoid() * fresh.tanh()
     return out.sigmoid() * cell.tanh(), cell, gates.new_empty(0)
+
+
+def weight_norm(direction: Tensor, length: Tensor, dim: int = 0) -> Tensor:
+    """Return a weight of that direction and length, as PyTorch's fused kernel does, which is on no worker's list."""
+    return direction * (length / torch.norm_except_dim(direction, 2, dim))
+
+
+def conv_tbc(x_TBC: Tensor, weight_KCD: Tensor, bias: Tensor, pad: int = 0) -> Tensor:
+    """Convolve over time, which comes first; PyTorch's own kernel for that is on no worker's list."""
+    y_BDT = torch.conv1d(x_TBC.permute(1, 2, 0), weight_KCD.permute(2, 1, 0), bias, padding=pad)
+    return y_BDT.permute(2, 0, 1)
 
 
 def gru_cell(
