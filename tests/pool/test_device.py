@@ -652,3 +652,44 @@ def test_kernels_that_are_on_no_workers_list_are_made_of_others():
     x, weight, bias = torch.randn(7, 2, 4), torch.randn(3, 4, 5), torch.randn(5)
     over_there = torch.conv_tbc(x.to("pool"), weight.to("pool"), bias.to("pool"), 1)
     torch.testing.assert_close(over_there.cpu(), torch.conv_tbc(x, weight, bias, 1))
+
+
+@on_device
+def test_what_a_hook_raises_during_backward_reaches_the_program_which_can_go_on():
+    from torch import nn
+
+    def refuse(*_):
+        raise KeyError("found something")
+
+    def passes():
+        x = torch.ones(3, device="pool", requires_grad=True)
+        doubled = x * 2
+        doubled.register_hook(refuse)
+        yield doubled.sum().backward
+        late = torch.ones(3, device="pool", requires_grad=True)
+        late.register_post_accumulate_grad_hook(refuse)
+        yield (late * 2).sum().backward
+        node = x * 2
+        node.grad_fn.register_hook(refuse)
+        yield lambda: torch.autograd.grad(node.sum(), x)
+        module = nn.Linear(3, 3).to("pool")
+        module.register_full_backward_hook(refuse)
+        yield module(x).sum().backward
+
+    for backward in passes():
+        with pytest.raises(KeyError, match="found something"):
+            backward()
+    x = torch.ones(3, device="pool", requires_grad=True)
+    (x * 3).sum().backward()
+    assert x.grad.tolist() == [3, 3, 3]
+
+
+@on_device
+def test_a_model_that_leaves_the_device_before_its_backward_pass_is_told_so():
+    from torch import nn
+
+    model = nn.Linear(2, 2).to("pool")
+    loss = model(torch.ones(1, 2, device="pool")).sum()
+    model.cpu()
+    with pytest.raises(RuntimeError, match="moved to another device between the forward and the backward pass"):
+        loss.backward()

@@ -16,7 +16,19 @@ from typing import Any
 import torch
 from torch.utils import backend_registration
 
-from millpond.pool import attach, capture, cuda, cuda_runtime, kernels, parallel, shims, sparse, transport, wire
+from millpond.pool import (
+    attach,
+    backward,
+    capture,
+    cuda,
+    cuda_runtime,
+    kernels,
+    parallel,
+    shims,
+    sparse,
+    transport,
+    wire,
+)
 from millpond.pool.errors import LeaseError
 from millpond.pool.link import Dialler, Link
 from millpond.pool.session import Session
@@ -32,11 +44,6 @@ class _Hook(torch._C._acc.PrivateUse1Hooks):
 
     def is_built(self) -> bool:
         return True
-
-
-class _Guard(torch._C._acc.DeviceGuard):
-    def type_(self) -> Any:
-        return torch._C._autograd.DeviceType.PrivateUse1
 
 
 class _Current(threading.local):
@@ -236,7 +243,7 @@ def register(lease: str, workers: list[wire.WorkerAddress]) -> DeviceModule:
     if _registered is not None:
         raise LeaseError("this process has a pool device already")
     module = _registered = DeviceModule(lease, workers)
-    backend_registration._setup_privateuseone_for_python_backend(DEVICE, module, _Hook(), _Guard())
+    backend_registration._setup_privateuseone_for_python_backend(DEVICE, module, _Hook(), backward.Guard())
     _library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
     kernels.open_session = module.session
     kernels.current_device = module.current_device
@@ -246,6 +253,7 @@ def register(lease: str, workers: list[wire.WorkerAddress]) -> DeviceModule:
     sparse.install(_library)
     cuda.install(_library, module)
     parallel.install(module)
+    backward.install(len(workers))
     capture.install()
     atexit.register(module.close)
     return module

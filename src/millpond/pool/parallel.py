@@ -1,14 +1,13 @@
 """Where PyTorch asks its C++ about several devices, which one made in Python cannot tell it: the same, in Python.
 
-Its guard for such a device counts one, and knows no current one. So a backward pass over several devices runs in the
-thread that asked for it, the current device is kept here, and what `torch.nn.DataParallel` moves is moved by copies.
+Its guard for such a device counts one, and knows no current one. So the current device is kept here, and what
+`torch.nn.DataParallel` moves is moved by copies; `backward` has passes over several devices run in one thread.
 See docs/decisions/0011-several-devices.md.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,20 +26,6 @@ def install(module: Any) -> None:
     native._broadcast, native._broadcast_coalesced = broadcast, broadcast_coalesced
     native._scatter, native._gather = scatter, gather
     torch.cuda.nccl.is_available = lambda tensors: False
-    if module.device_count() > 1:
-        for owner in (torch.autograd, torch.autograd.graph):
-            owner._engine_run_backward = in_one_thread(owner._engine_run_backward)  # type: ignore[attr-defined]
-
-
-def in_one_thread(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a backward pass that runs where it is called: autograd has a thread for the first device only."""
-
-    @functools.wraps(backward)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with torch.autograd.set_multithreading_enabled(False):
-            return backward(*args, **kwargs)
-
-    return run
 
 
 def broadcast(tensor: Tensor, devices: Sequence[int]) -> list[Tensor]:
