@@ -385,6 +385,33 @@ def test_zeros_of_autograd_exist():
 
 
 @on_device
+def test_a_copy_to_the_host_fills_the_tensor_that_is_there():
+    import resource
+
+    there = torch.arange(20 * 2**20, dtype=torch.float32).to("pool")  # 80 MiB: more than a frame
+    host = torch.zeros(20 * 2**20)
+    address, before = host.data_ptr(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    host.copy_(there)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 10_000  # 20,480 pages for a second tensor
+    assert host.data_ptr() == address
+    assert torch.equal(host, torch.arange(20 * 2**20, dtype=torch.float32))
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    with torch.no_grad():
+        parameter.copy_(torch.ones(3, device="pool"))
+    assert parameter.tolist() == [1, 1, 1]
+    strided, other = torch.zeros(3, 2).t(), torch.zeros(2, 3, dtype=torch.float64)
+    values = torch.arange(6.0, device="pool").reshape(2, 3)
+    for target in (
+        strided,
+        other,
+        torch.zeros(4, 2, 3)[1:3].select(0, 1),
+        torch.zeros(2, 3, dtype=torch.complex64).conj(),
+    ):
+        target.copy_(values)
+        assert torch.equal(target.real.double(), values.cpu().double())
+
+
+@on_device
 def test_a_copy_that_need_not_block_is_complete_all_the_same():
     there = torch.arange(5.0, device="pool")
     assert there.to("cpu", non_blocking=True).tolist() == [0, 1, 2, 3, 4]
