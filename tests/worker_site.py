@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from millpond.pool import attach, transport, wire
+from millpond.pool import attach, tls, transport, wire
 from millpond.pool.errors import ConnectionLost
 from millpond.pool.worker import Introduction, Orders, Report
 
@@ -44,7 +44,9 @@ class SessionConnection(transport.Connection):
 class WorkerProcess:
     """A worker started as the broker starts it."""
 
-    def __init__(self, memory_bytes: int = GIB, *, log: Path, peer_token: str = "") -> None:
+    def __init__(
+        self, memory_bytes: int = GIB, *, log: Path, peer_token: str = "", files: tls.Files | None = None
+    ) -> None:
         self.log = log
         with log.open("wb") as stderr:
             self.process = subprocess.Popen(
@@ -54,7 +56,8 @@ class WorkerProcess:
                 stderr=stderr,
             )
         assert self.process.stdin is not None
-        orders = Orders("lease-1", TOKEN, "127.0.0.1", "cpu", memory_bytes, os.getpid(), 30.0, peer_token)
+        files = files or tls.Files()
+        orders = Orders("lease-1", TOKEN, "127.0.0.1", "cpu", memory_bytes, os.getpid(), 30.0, peer_token, files)
         self.process.stdin.write(msgspec.json.encode(orders) + b"\n")
         self.process.stdin.flush()
         self.memory_bytes = memory_bytes
@@ -120,12 +123,13 @@ class WorkerProcess:
 class Workers:
     """The workers of a lease of several devices."""
 
-    def __init__(self, count: int = 2, memory_bytes: int = GIB, *, log: Path) -> None:
+    def __init__(self, count: int = 2, memory_bytes: int = GIB, *, log: Path, files: tls.Files | None = None) -> None:
         self.each = [
-            WorkerProcess(memory_bytes, log=log.with_suffix(f".{place}.log"), peer_token=PEER_TOKEN)
+            WorkerProcess(memory_bytes, log=log.with_suffix(f".{place}.log"), peer_token=PEER_TOKEN, files=files)
             for place in range(count)
         ]
-        peers = [wire.PeerAddress("127.0.0.1", worker.first_report.peer_port) for worker in self.each]
+        reports = [worker.first_report for worker in self.each]
+        peers = [wire.PeerAddress("127.0.0.1", report.peer_port, report.certificate) for report in reports]
         for place, worker in enumerate(self.each):
             worker.introduce(place, peers)
 

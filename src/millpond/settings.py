@@ -53,6 +53,18 @@ class PoolSettings:
     port: int = _setting("Port the broker listens on; 0 picks a free one.", default=7070)
     address: str = _setting("Where clients, and hosts that join, find the broker: host:port.", default="127.0.0.1:7070")
     token: str = _setting("Shared secret of broker, clients and hosts that join.", default="", secret=True)
+    tls_cert: Path | None = _setting(
+        "Certificate of this end (PEM, chain included); a broker that has one speaks TLS only.", default=None
+    )
+    tls_key: Path | None = _setting("Private key of that certificate (PEM, not encrypted).", default=None)
+    tls_ca: Path | None = _setting(
+        "Authorities (PEM) of the other end's certificate. A client, or a host that joins, speaks TLS only if it has "
+        "one; a broker that has one asks its callers for a certificate.",
+        default=None,
+    )
+    tls_name: str = _setting(
+        "Name or address that the pool's certificates must carry; empty: that in MILLPOND_POOL_ADDRESS.", default=""
+    )
     memory: str = _setting("Memory offered by a CPU device, such as 8GiB; empty: half of the host's.", default="")
     heartbeat_s: float = _setting("Seconds between a client's heartbeats.", default=2.0)
     grace_s: float = _setting("Seconds that a lease, with all it has on its workers, outlives silence.", default=30.0)

@@ -71,7 +71,7 @@ MESSAGES: list[tuple[wire.Message, wire.Direction]] = [
     (wire.StartWorker(3, "lease-1", "cuda:0", 2**36, "secret", "another", 30.0), "to-host"),
     (wire.EndWorker(3), "to-host"),
     (wire.Introduce(3, 1, [wire.PeerAddress("10.0.0.1", 7072)]), "to-host"),
-    (wire.WorkerReport(3, 17, 7071, 7072, 5, 0.5), "from-host"),
+    (wire.WorkerReport(3, 17, 7071, 7072, 5, 0.5, bytes(32)), "from-host"),
     (wire.WorkerEnded(3, "was ended by SIGKILL"), "from-host"),
 ]
 

@@ -13,12 +13,12 @@ import signal
 import time
 from collections.abc import Sequence
 
-from millpond.pool import lease, transport, wire
+from millpond.pool import lease, tls, transport, wire
 from millpond.pool.errors import ConnectionLost, LeaseError, WireError
 from millpond.pool.host import WORKER_COMMAND, OwnHost
 from millpond.pool.monitor import find_devices
 from millpond.pool.scheduler import Device, gib
-from millpond.settings import PoolSettings
+from millpond.settings import PoolSettings, SettingsError
 
 RETRY_S = 2.0
 """Pause between attempts to join."""
@@ -45,10 +45,21 @@ def join(
         PoolError: the devices cannot be used.
     """
     lease.check_heartbeat(settings)
+    _check_files(tls.Files.of(settings))
     devices = find_devices(settings.memory) if devices is None else devices
     if len(devices) > wire.MAX_HOST_DEVICES:
         log.warning("offering the first %d of %d devices", wire.MAX_HOST_DEVICES, len(devices))
     asyncio.run(Agent(settings, name, devices[: wire.MAX_HOST_DEVICES], worker_command).run())
+
+
+def _check_files(files: tls.Files) -> None:
+    """Raise SettingsError unless this host's workers can speak TLS where its broker does."""
+    if files.ca and not files.cert:
+        raise SettingsError(
+            "MILLPOND_POOL_TLS_CA is set without MILLPOND_POOL_TLS_CERT: where the broker speaks TLS, this host's "
+            "workers do too, and need a certificate. Set MILLPOND_POOL_TLS_CERT and MILLPOND_POOL_TLS_KEY."
+        )
+    tls.listener(files)
 
 
 class Agent:
@@ -60,6 +71,7 @@ class Agent:
         self.settings = settings
         self.name = name
         self.devices = devices
+        self.files = tls.Files.of(settings)
         self._worker_command = worker_command
         self._stop = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -87,7 +99,7 @@ class Agent:
         """Run workers while the connection stands."""
         offered = [wire.HostDevice(device.name, device.torch_name, device.memory_bytes) for device in self.devices]
         connection.send(wire.Join(self.name, offered))
-        host = OwnHost(self.name, connection.socket.getsockname()[0], self._worker_command)
+        host = OwnHost(self.name, connection.socket.getsockname()[0], self._worker_command, self.files)
         wanted: set[int] = set()
         """Workers that are to run; the end of another is no news."""
         next_beat = 0.0

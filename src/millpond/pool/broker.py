@@ -17,12 +17,13 @@ import logging
 import secrets
 import signal
 import socket
+import ssl
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
 from millpond import __version__
-from millpond.pool import handshake, lease, transport, wire
+from millpond.pool import handshake, lease, tls, transport, wire
 from millpond.pool.errors import HandshakeError, LeaseError, WireError
 from millpond.pool.host import WORKER_COMMAND, Host, OwnHost
 from millpond.pool.joined import JoinedHost
@@ -40,6 +41,8 @@ MAX_HOSTS = 64
 TICK_S = 0.25
 STOP_S = 5.0
 """How long the ends of workers and connections may take when the broker stops."""
+HANG_UP_S = 1.0
+"""How long the other end may take with its part in ending a connection: TLS has it say goodbye."""
 
 log = logging.getLogger("millpond.pool")
 
@@ -113,7 +116,9 @@ class Broker:
     ) -> None:
         self.settings = settings
         self.records = records
-        own = OwnHost(socket.gethostname()[:64], settings.bind, worker_command)
+        files = tls.Files.of(settings)
+        self.security = tls.listener(files)
+        own = OwnHost(socket.gethostname()[:64], settings.bind, worker_command, files)
         self.hosts: dict[str, Host] = {own.name: own} if devices else {}
         devices = [dataclasses.replace(device, host=own.name) for device in devices]
         self._indices = {(own.name, place): device.index for place, device in enumerate(devices)}
@@ -187,16 +192,16 @@ class Broker:
             async with asyncio.timeout(transport.GREETING_S):
                 name = await self._greet(reader, writer)
         except (WireError, HandshakeError, OSError, EOFError) as error:
-            level = logging.WARNING if isinstance(error, HandshakeError) else logging.DEBUG
+            level = logging.WARNING if isinstance(error, (HandshakeError, ssl.SSLError)) else logging.DEBUG
             log.log(level, "refused a caller from %s: %s", _peer(writer), error or "it was silent")
-            writer.close()
+            _hang_up(writer)
             return
         finally:
             self._greeting.pop(writer, None)
         client = Client(writer)
         if len(self._clients) >= MAX_CLIENTS:
             client.send(wire.Refused("busy", f"{MAX_CLIENTS} clients are connected already. Try again later."))
-            writer.close()
+            _hang_up(writer)
             return
         self._clients[writer] = client
         log.debug("%s connected from %s", name, _peer(writer))
@@ -221,16 +226,21 @@ class Broker:
                 self._carry_out(self.scheduler.client_left(self.now(), client.lease.id))
         finally:
             del self._clients[writer]
-            writer.close()
+            _hang_up(writer)
 
     async def _greet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> str:
+        if self.security is not None:
+            # At once, before anything that came is read; not by start_server, which would not bound who greets.
+            await writer.start_tls(self.security.context, ssl_handshake_timeout=transport.GREETING_S)
+        channel = self.security.channel if self.security else b""
         opening = handshake.challenge()
         writer.write(wire.encode(opening))
         hello = await _receive(reader, "greeting")
         try:
             if not isinstance(hello, wire.Hello):
                 raise WireError("it did not greet")
-            writer.write(wire.encode(handshake.admit(opening, hello, self.settings.token, self.torch)))
+            welcome = handshake.admit(opening, hello, self.settings.token, self.torch, channel=channel)
+            writer.write(wire.encode(welcome))
         except HandshakeError as error:
             writer.write(wire.encode(handshake.refusal(error, self.torch)))
             raise
@@ -279,7 +289,7 @@ class Broker:
             for other in self._clients.values():
                 if other.lease is known:  # a connection whose end we have not noticed yet
                     other.lease = None
-                    other.writer.close()
+                    _hang_up(other.writer)
             client.lease = known
             self.scheduler.client_heard(self.now(), known.id)
             client.send(wire.Heartbeat())
@@ -425,7 +435,7 @@ class Broker:
             # A worker that bound to the broker's address is reached there; bound to all, from within by loopback.
             here = worker.host.broker_address if isinstance(worker.host, JoinedHost) else _reached(self.settings.bind)
             peers = [
-                wire.PeerAddress(other.host.address or here, other.report.peer_port)
+                wire.PeerAddress(other.host.address or here, other.report.peer_port, other.report.certificate)
                 for other in workers
                 if other.report is not None
             ]
@@ -468,6 +478,7 @@ class Broker:
             token,
             peer_token,
             self.settings.grace_s,
+            asks_certificate=self.security is not None and self.security.asks,
         )
         try:
             why = await worker.host.run_worker(start, reported) if known.is_live else "was not needed"
@@ -490,6 +501,11 @@ def _reached(bind: str) -> str:
         if (address := ipaddress.ip_address(bind)).is_unspecified:
             return "127.0.0.1" if address.version == 4 else "::1"
     return bind
+
+
+def _hang_up(writer: asyncio.StreamWriter) -> None:
+    writer.close()
+    asyncio.get_running_loop().call_later(HANG_UP_S, writer.transport.abort)
 
 
 def _peer(writer: asyncio.StreamWriter) -> str:

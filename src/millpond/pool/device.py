@@ -26,6 +26,7 @@ from millpond.pool import (
     parallel,
     shims,
     sparse,
+    tls,
     transport,
     wire,
 )
@@ -33,6 +34,7 @@ from millpond.pool.errors import LeaseError
 from millpond.pool.link import Dialler, Link
 from millpond.pool.session import Session
 from millpond.pool.tensors import DEVICE
+from millpond.settings import PoolSettings, load
 
 
 class _Hook(torch._C._acc.PrivateUse1Hooks):
@@ -72,6 +74,7 @@ class DeviceModule:
         Raises:
             LeaseError: the lease has no such device.
             ConnectionLost, HandshakeError: its worker cannot be reached.
+            SettingsError: the files of TLS cannot be used.
         """
         index = self._current.index if index is None else index
         session = self._sessions.get(index)
@@ -88,6 +91,7 @@ class DeviceModule:
 
     def _begin(self, index: int) -> Session:
         worker = self.workers[index]
+        security = tls.caller(load(PoolSettings))
 
         def dial(connect_s: float = transport.GREETING_S) -> tuple[transport.Connection, wire.Welcome]:
             return transport.connect(
@@ -97,6 +101,7 @@ class DeviceModule:
                 str(torch.__version__),
                 sends="to-worker",
                 receives="from-worker",
+                security=security,
                 connect_s=connect_s,
             )
 

@@ -4,6 +4,7 @@ PoolError
  ├── WireError                   a peer sent what the wire does not allow; the connection is dropped
  ├── HandshakeError              the two ends cannot work together
  │    ├── AuthenticationError    the token is wrong
+ │    ├── TlsError               no TLS, or a certificate that one end does not accept
  │    └── VersionMismatch        protocol or torch differ too much
  ├── ConnectionLost              the worker or the broker is gone
  │    └── PeerSilent             nothing comes from its host any more: the network may be broken, and mend
@@ -34,6 +35,10 @@ class HandshakeError(PoolError):
 
 class AuthenticationError(HandshakeError):
     """A peer did not prove that it knows the token."""
+
+
+class TlsError(HandshakeError):
+    """The peer does not speak TLS 1.3, or one end does not accept the other's certificate."""
 
 
 class VersionMismatch(HandshakeError):

@@ -1,7 +1,8 @@
 """The handshake: both ends prove that they know the token, and that they fit. Pure.
 
 Challenge–response with HMAC-SHA-256 over both nonces, so that the token never crosses the wire and a recorded
-greeting is worth nothing. It authenticates; it does not encrypt.
+greeting is worth nothing. Over TLS the proofs are also bound to the listener's certificate (`channel`), so that who
+has another one, or takes TLS off on the way, cannot pass them on. It authenticates; it does not encrypt.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def challenge() -> wire.Challenge:
     return wire.Challenge(wire.PROTOCOL, secrets.token_bytes(32))
 
 
-def answer(opening: wire.Challenge, token: str, torch: str, name: str = "") -> wire.Hello:
+def answer(opening: wire.Challenge, token: str, torch: str, name: str = "", *, channel: bytes = b"") -> wire.Hello:
     """Return a caller's answer to `opening`.
 
     Raises:
@@ -31,7 +32,7 @@ def answer(opening: wire.Challenge, token: str, torch: str, name: str = "") -> w
     """
     check_protocol(opening.protocol, "the other end")
     nonce = secrets.token_bytes(32)
-    return wire.Hello(wire.PROTOCOL, torch, nonce, _proof(token, "caller", opening.nonce, nonce), name)
+    return wire.Hello(wire.PROTOCOL, torch, nonce, _proof(token, "caller", channel, opening.nonce, nonce), name)
 
 
 def admit(
@@ -43,6 +44,7 @@ def admit(
     device: str = "",
     memory_bytes: int = 0,
     grace_s: float = 0.0,
+    channel: bytes = b"",
 ) -> wire.Welcome:
     """Return the listener's welcome to a caller that proved itself and fits.
 
@@ -51,15 +53,18 @@ def admit(
         AuthenticationError: it does not know the token.
     """
     check_protocol(hello.protocol, "the client")
-    if not hmac.compare_digest(hello.proof, _proof(token, "caller", opening.nonce, hello.nonce)):
+    if not hmac.compare_digest(hello.proof, _proof(token, "caller", channel, opening.nonce, hello.nonce)):
         raise AuthenticationError(
             "the token is wrong. Set MILLPOND_POOL_TOKEN (or MILLPOND_POOL_TOKEN_FILE) to the pool's token."
         )
     check_torch(hello.torch, "the client", torch, "the pool")
-    return wire.Welcome(torch, _proof(token, "listener", opening.nonce, hello.nonce), device, memory_bytes, grace_s)
+    proof = _proof(token, "listener", channel, opening.nonce, hello.nonce)
+    return wire.Welcome(torch, proof, device, memory_bytes, grace_s)
 
 
-def confirm(opening: wire.Challenge, hello: wire.Hello, reply: wire.Message, token: str) -> wire.Welcome:
+def confirm(
+    opening: wire.Challenge, hello: wire.Hello, reply: wire.Message, token: str, *, channel: bytes = b""
+) -> wire.Welcome:
     """Return the welcome, if the listener too knows the token.
 
     Raises:
@@ -71,7 +76,7 @@ def confirm(opening: wire.Challenge, hello: wire.Hello, reply: wire.Message, tok
         raise (AuthenticationError if reply.code == "token" else HandshakeError)(reply.message)
     if not isinstance(reply, wire.Welcome):
         raise HandshakeError("the other end did not answer the greeting as a pool does; is the address right?")
-    if not hmac.compare_digest(reply.proof, _proof(token, "listener", opening.nonce, hello.nonce)):
+    if not hmac.compare_digest(reply.proof, _proof(token, "listener", channel, opening.nonce, hello.nonce)):
         raise AuthenticationError("the other end does not know the token: it is not the pool. Check the address.")
     return reply
 
@@ -111,8 +116,9 @@ def refusal(error: HandshakeError, ours: str) -> wire.Refused:
     return wire.Refused(code, f"{error} (This end: protocol {wire.PROTOCOL}, torch {ours}.)")
 
 
-def _proof(token: str, role: str, *nonces: bytes) -> bytes:
-    return hmac.digest(token.encode(), b"\0".join([b"millpond-pool", role.encode(), *nonces]), hashlib.sha256)
+def _proof(token: str, role: str, channel: bytes, *nonces: bytes) -> bytes:
+    parts = [b"millpond-pool", role.encode(), *nonces]
+    return hmac.digest(token.encode(), b"\0".join([*parts, channel] if channel else parts), hashlib.sha256)
 
 
 def _numbers(version: str) -> tuple[int, int]:

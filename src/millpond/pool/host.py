@@ -15,7 +15,7 @@ from typing import Protocol
 
 import msgspec
 
-from millpond.pool import wire
+from millpond.pool import tls, wire
 from millpond.pool.attach import LEASE, WORKERS
 from millpond.pool.worker import Introduction, Orders, Report
 
@@ -25,7 +25,10 @@ SILENT_WORKER_S = 60.0
 """A worker reports every second; one that has not for so long is taken for dead."""
 MAX_REPORT_BYTES = 4096
 WORKER_COMMAND = (sys.executable, "-m", "millpond.pool.worker")
-SECRETS = ("MILLPOND_POOL_TOKEN", "MILLPOND_POOL_TOKEN_FILE", LEASE, WORKERS)
+SECRETS = {
+    *("MILLPOND_POOL_TOKEN", "MILLPOND_POOL_TOKEN_FILE", LEASE, WORKERS),
+    *(f"MILLPOND_POOL_TLS_{name}" for name in ("CERT", "KEY", "CA", "NAME")),
+}
 """What a worker must not inherit."""
 
 OnReport = Callable[[wire.WorkerReport], None]
@@ -67,13 +70,14 @@ class _Running:
 
 
 class OwnHost:
-    """The machine that we are on. `command` starts a worker, which listens on `bind`."""
+    """The machine that we are on. `command` starts a worker, which listens on `bind` and shows the certificate."""
 
     address = ""
 
-    def __init__(self, name: str, bind: str, command: Sequence[str] = WORKER_COMMAND) -> None:
+    def __init__(self, name: str, bind: str, command: Sequence[str], files: tls.Files) -> None:
         self.name = name
         self.bind = bind
+        self.files = files
         self._command = command
         self._running: dict[int, _Running] = {}
 
@@ -129,6 +133,7 @@ class OwnHost:
             os.getpid(),
             start.grace_s,
             start.peer_token,
+            self.files.for_workers(start.asks_certificate),
         )
         process.stdin.write(msgspec.json.encode(orders) + b"\n")
         limit_s = START_S
@@ -144,7 +149,13 @@ class OwnHost:
                 return f"sent a report that cannot be read: {error}"
             on_report(
                 wire.WorkerReport(
-                    start.worker, process.pid, report.port, report.peer_port, report.used_bytes, report.idle_s
+                    start.worker,
+                    process.pid,
+                    report.port,
+                    report.peer_port,
+                    report.used_bytes,
+                    report.idle_s,
+                    report.certificate,
                 )
             )
             limit_s = SILENT_WORKER_S

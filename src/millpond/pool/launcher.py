@@ -22,7 +22,7 @@ from types import FrameType
 
 import psutil
 
-from millpond.pool import attach
+from millpond.pool import attach, tls
 from millpond.pool.errors import PoolError
 from millpond.pool.lease import Lease
 from millpond.process import die_with_parent
@@ -75,10 +75,12 @@ def run(command: Sequence[str], lease: Lease) -> int:
 def _run(command: Sequence[str], lease: Lease, says_ended: Path) -> int:
     launcher = os.getpid()
     granted = lease.granted
+    environment = attach.environment(granted.lease, granted.workers, says_ended)
+    environment |= tls.Files.of(lease.settings).environment()
     try:
         process = subprocess.Popen(
             command,
-            env=os.environ | attach.environment(granted.lease, granted.workers, says_ended),
+            env=os.environ | environment,
             preexec_fn=lambda: die_with_parent(launcher),  # safe: this process has no other thread
         )
     except OSError as error:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Self, TypeVar
 
-from millpond.pool import transport, wire
+from millpond.pool import tls, transport, wire
 from millpond.pool.errors import ConnectionLost, HandshakeError, LeaseError, PeerSilent, PoolError, WireError
 from millpond.pool.link import CLOSED_S
 from millpond.settings import PoolSettings, SettingsError
@@ -50,7 +50,7 @@ def connect(settings: PoolSettings, owner: str, *, connect_s: float = transport.
     """Return a connection to the broker.
 
     Raises:
-        SettingsError: the address is not host:port.
+        SettingsError: the address is not host:port, or the files of TLS cannot be used.
         ConnectionLost: no broker answers; the message says what to do.
         HandshakeError: it refused us.
     """
@@ -66,11 +66,12 @@ def connect(settings: PoolSettings, owner: str, *, connect_s: float = transport.
             sends="to-broker",
             receives="from-broker",
             name=owner,
+            security=tls.caller(settings),
             connect_s=connect_s,
         )
     except ConnectionLost as error:
         raise type(error)(
-            f"No pool can be reached: {error}. "
+            f"No pool can be reached: {str(error).rstrip('.')}. "
             "Start one with: millpond pool serve; or set MILLPOND_POOL_ADDRESS to where it listens."
         ) from None
     return connection
@@ -95,7 +96,7 @@ class Lease:
     ) -> None:
         self.granted = granted
         self.connection = connection
-        self._settings = settings
+        self.settings = settings
         self._owner = owner
         self._lost = ""
         self._next_beat = 0.0
@@ -162,7 +163,7 @@ class Lease:
                 self._reattach()
             now = time.monotonic()
             if now >= self._next_beat:
-                self._next_beat = now + self._settings.heartbeat_s
+                self._next_beat = now + self.settings.heartbeat_s
                 self.connection.send(wire.Heartbeat())
             while self.connection.has_input():
                 message, _ = self.connection.receive(ANSWER_S)
@@ -172,10 +173,10 @@ class Lease:
                 if isinstance(message, wire.Refused):
                     return message.message
             silent_s = time.monotonic() - self._heard
-            if silent_s > max(transport.SILENT_HOST_S, 2 * self._settings.heartbeat_s):
+            if silent_s > max(transport.SILENT_HOST_S, 2 * self.settings.heartbeat_s):
                 raise PeerSilent(f"it has been silent for {silent_s:.0f} s")
-        except (WireError, HandshakeError) as error:
-            return f"the broker at {self._settings.address} is gone: {error}"
+        except (WireError, HandshakeError, SettingsError) as error:  # the files of TLS may have gone meanwhile
+            return f"the broker at {self.settings.address} is gone: {error}"
         except (ConnectionLost, TimeoutError) as error:
             return self._note_break(error if isinstance(error, ConnectionLost) else PeerSilent(str(error)))
         return ""
@@ -187,15 +188,15 @@ class Lease:
         if self._broke is None:
             self._broke = now, error
         since, first = self._broke
-        grace_s = self._settings.grace_s
+        grace_s = self.settings.grace_s
         if now - since <= (grace_s if isinstance(error, PeerSilent) else min(CLOSED_S, grace_s)):
             return ""
-        gone = f"the broker at {self._settings.address} is gone"
+        gone = f"the broker at {self.settings.address} is gone"
         return f"{gone}: {first}, and for {now - since:.0f} s after that {error}"
 
     def _reattach(self) -> None:
         """Connect anew and say which lease is ours; what the broker answers is taken in as everything is."""
-        self.connection = connect(self._settings, self._owner, connect_s=transport.REDIAL_S)
+        self.connection = connect(self.settings, self._owner, connect_s=transport.REDIAL_S)
         self.connection.send(wire.Reattach(self.granted.lease, self.granted.workers[0].token))
         self._broke = None
         self._heard = time.monotonic()

@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 import torch
 
-from millpond.pool import transport, wire
+from millpond.pool import tls, transport, wire
 from millpond.pool.errors import ConnectionLost, HandshakeError, PoolError, WireError
 from millpond.pool.executor import Believed, Failure, Memory, bytes_of, typed
 from millpond.pool.graphs import GraphExecutor
@@ -58,11 +58,13 @@ class _Arrival:
 class Peers:
     """A worker's side of the copies of its lease."""
 
-    def __init__(self, token: str, bind: str, memory: Memory, torch_version: str) -> None:
+    def __init__(self, token: str, bind: str, memory: Memory, torch_version: str, files: tls.Files) -> None:
         self.listener = transport.listen(bind, 0)
         self._token = token
         self._memory = memory
         self._torch = torch_version
+        # The token is proof enough of a peer, and its certificate may be good for listening only.
+        self._security = tls.listener(files.for_workers(asks_certificate=False))
         self._introduction: Introduction | None = None
         self._introduced = threading.Event()
         self._connections: dict[int, transport.Connection] = {}
@@ -144,7 +146,13 @@ class Peers:
             connection = None
         if connection is None:
             connection, _ = transport.connect(
-                address.host, address.port, self._token, self._torch, sends="to-peer", receives="from-worker"
+                address.host,
+                address.port,
+                self._token,
+                self._torch,
+                sends="to-peer",
+                receives="from-worker",
+                security=tls.of_peer(address.certificate) if self._security else None,
             )
             # Beyond what keep-alive sees: a process that stands still, while its host answers for it.
             connection.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(SEND_S * 1000))
@@ -167,7 +175,9 @@ class Peers:
 
     def _attend(self, sock: socket.socket) -> None:
         try:
-            connection, _ = transport.accept(sock, self._token, self._torch, sends="from-worker", receives="to-peer")
+            connection, _ = transport.accept(
+                sock, self._token, self._torch, sends="from-worker", receives="to-peer", security=self._security
+            )
             with connection:
                 self._take_in(connection)
         except (ConnectionLost, HandshakeError, TimeoutError, OSError):

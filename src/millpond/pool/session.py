@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import CodeType, FrameType
 from typing import Any, Protocol, TypeVar
 
@@ -22,6 +21,7 @@ import torch
 from millpond import MillpondError
 from millpond.pool import tensors, wire
 from millpond.pool.errors import ConnectionLost, OpError, OpRefused, WireError
+from millpond.pool.interrupts import hold_back_interrupts
 from millpond.pool.link import Link
 
 FLUSH_ITEMS = 128
@@ -107,7 +107,7 @@ class Session:
 
     def flush(self, payload: memoryview | bytes = b"") -> None:
         """Send what has been issued, and note failures that have come in."""
-        with self.lock, _hold_back_interrupts():
+        with self.lock, hold_back_interrupts():
             if not payload:  # a payload's frame holds nothing else
                 self._free()
             if not self._items or self.lost:
@@ -139,7 +139,7 @@ class Session:
     ) -> list[tuple[Answer, memoryview]]:
         """Issue several items at once, and wait for all their answers, in order; payloads land in `into` if given."""
         with self.lock:
-            with _hold_back_interrupts():
+            with hold_back_interrupts():
                 stale, self._owed = self._owed, self._owed + len(items)
                 self._free()
                 for item in items:
@@ -149,7 +149,7 @@ class Session:
             while self._owed and not self.lost:
                 if not self.link.has_input(WAIT_S):
                     continue  # a Ctrl-C while nothing comes is raised here; the answer is then owed to no one
-                with _hold_back_interrupts():
+                with hold_back_interrupts():
                     taken = self._receive(into)
                     if taken is None:
                         continue
@@ -246,7 +246,7 @@ class Session:
 
     def _settle(self) -> None:
         """Wait until the worker has all that was sent."""
-        with _hold_back_interrupts():
+        with hold_back_interrupts():
             try:
                 if self.lost is None:
                     self.link.settle()
@@ -339,29 +339,6 @@ class Session:
             "Start it with the 'spawn' method: multiprocessing.get_context('spawn')."
         )
         self.failure = self.lost
-
-
-@contextlib.contextmanager
-def _hold_back_interrupts() -> Iterator[None]:
-    """Put off a Ctrl-C to the end of the block, so that a message is sent or received whole; take a second one."""
-    original = signal.getsignal(signal.SIGINT)
-    if not callable(original) or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    held: list[FrameType | None] = []
-
-    def hold(number: int, frame: FrameType | None) -> None:
-        if held:
-            original(number, frame)
-        held.append(frame)
-
-    signal.signal(signal.SIGINT, hold)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, original)
-    if held:
-        original(signal.SIGINT, held[0])
 
 
 _sequence: Callable[[], int] = torch.autograd._get_sequence_nr  # type: ignore[attr-defined]

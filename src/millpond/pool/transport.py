@@ -1,4 +1,4 @@
-"""A connection over TCP: whole messages with their payloads, blocking, each wait with a limit.
+"""A connection over TCP, with or without TLS: whole messages with their payloads, blocking, each wait with a limit.
 
 What a peer sends goes through `wire`, so that nothing but its messages gets in. A surprise ends the connection:
 `WireError` if the peer sent what it may not, `ConnectionLost` if it is gone.
@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import select
 import socket
+import ssl
 import struct
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
-from millpond.pool import handshake, wire
+from millpond.pool import handshake, stream, tls, wire
 from millpond.pool.errors import ConnectionLost, HandshakeError, PeerSilent, WireError
 
 GREETING_S = 10.0
@@ -29,6 +29,8 @@ SILENT_HOST_S = 8
 """A host that acknowledges neither the kernel's probes nor our bytes for so long has fallen silent."""
 WATCH_S = 1.0
 """How often connections are looked at for such a host."""
+TLS_HINT = ". If the pool speaks TLS, set MILLPOND_POOL_TLS_CA to the authority of its certificate"
+"""A pool greets at once, unless it waits for TLS's own greeting."""
 
 Buffer = bytes | bytearray | memoryview
 Allocate = Callable[[wire.Message, int], memoryview]
@@ -38,16 +40,21 @@ Allocate = Callable[[wire.Message, int], memoryview]
 class Connection:
     """One peer. `send` may be called from any thread; `receive` from one at a time."""
 
-    def __init__(self, sock: socket.socket, *, sends: wire.Direction, receives: wire.Direction) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        *,
+        sends: wire.Direction,
+        receives: wire.Direction,
+        secured: tls.Secured | None = None,
+    ) -> None:
         self.socket = sock
         self.sends = sends
         self.receives = receives
         self._sending = threading.Lock()
-        self._poll = select.poll()
-        self._poll.register(sock, select.POLLIN)
+        self._stream = stream.of(sock, secured)
         self.silent = False
         """Whether the other host fell silent, and the connection was ended for that."""
-        sock.settimeout(None)
         _watch_host(sock)
         _watch.add(self)
 
@@ -57,14 +64,11 @@ class Connection:
         Raises:
             ConnectionLost: the peer is gone.
         """
-        size = memoryview(payload).nbytes
-        frame = wire.encode(message, size)
+        data = memoryview(payload)
+        frame = wire.encode(message, data.nbytes)
         with self._sending:
             try:
-                if size <= wire.MAX_INLINE_BYTES:
-                    self.socket.sendall(frame + payload if size else frame)
-                else:
-                    _send_both(self.socket, frame, memoryview(payload))
+                self._stream.send(frame, data)
             except OSError as error:
                 raise self._lost(f"the connection broke while sending ({error})", error) from None
 
@@ -98,7 +102,7 @@ class Connection:
 
     def has_input(self, wait_s: float = 0.0) -> bool:
         """Return whether something can be received (or the peer is gone), at the latest after `wait_s`."""
-        return bool(self._poll.poll(wait_s * 1000))
+        return self._stream.has_input(wait_s)
 
     @property
     def is_open(self) -> bool:
@@ -121,21 +125,16 @@ class Connection:
         self.close()
 
     def _fill(self, buffer: memoryview, deadline: float | None) -> None:
-        # The socket stays in blocking mode, and waits are polled: another thread may be sending meanwhile.
         done = 0
         while done < len(buffer):
             try:
-                if deadline is None:
-                    count = self.socket.recv_into(buffer[done:], 0, socket.MSG_WAITALL)
-                else:
-                    due = self._poll.poll(max(0.0, deadline - time.monotonic()) * 1000)
-                    count = self.socket.recv_into(buffer[done:], 0, socket.MSG_DONTWAIT) if due else -1
-            except BlockingIOError:
-                continue
+                count = self._stream.receive_into(buffer[done:], deadline)
             except OSError as error:
-                raise self._lost(f"the connection broke while receiving ({error})", error) from None
-            if count < 0:
-                raise TimeoutError("no answer in time")
+                if isinstance(error, TimeoutError) and error.errno is None:  # else the kernel gave the host up
+                    raise
+                said = error.reason or error if isinstance(error, ssl.SSLError) else error
+                cause = error if isinstance(error, ssl.SSLError) else None
+                raise self._lost(f"the connection broke while receiving ({said})", error) from cause
             if count == 0:
                 raise self._lost("the other end closed the connection")
             done += count
@@ -155,39 +154,72 @@ def connect(
     sends: wire.Direction,
     receives: wire.Direction,
     name: str = "",
+    security: tls.Caller | None = None,
     connect_s: float = GREETING_S,
     timeout_s: float = GREETING_S,
 ) -> tuple[Connection, wire.Welcome]:
-    """Connect to a broker or a worker and greet it.
+    """Connect to a broker or a worker, over TLS if `security` says how, and greet it.
 
     Raises:
         ConnectionLost: nothing listens there, or it hung up; `PeerSilent`: no way leads there now.
         HandshakeError: it refused us, or is not what it should be.
     """
+    peer = f"{host}:{port}"
     try:
         sock = socket.create_connection((host, port), timeout=connect_s)
     except OSError as error:
         kind = PeerSilent if is_silence(error) else ConnectionLost
-        raise kind(f"nothing answers at {host}:{port} ({error})") from None
-    connection = Connection(sock, sends=sends, receives=receives)
+        raise kind(f"nothing answers at {peer} ({error})") from None
+    secured = None if security is None else _secure(sock, security, peer, timeout_s)
+    channel = secured.channel if secured else b""
+    connection = Connection(sock, sends=sends, receives=receives, secured=secured)
     try:
-        opening, _ = connection.receive(timeout_s, direction="greeting")
-        if not isinstance(opening, wire.Challenge):
-            raise HandshakeError(f"{host}:{port} did not greet as a pool does; is the address right?")
-        hello = handshake.answer(opening, token, torch, name)
+        opening = _opening(connection, security, peer, timeout_s)
+        hello = handshake.answer(opening, token, torch, name, channel=channel)
         connection.send(hello)
         reply, _ = connection.receive(timeout_s, direction="greeting")
-        welcome = handshake.confirm(opening, hello, reply, token)
+        welcome = handshake.confirm(opening, hello, reply, token, channel=channel)
     except TimeoutError:
         connection.close()
-        raise PeerSilent(f"{host}:{port} did not answer the greeting within {timeout_s:g} s") from None
+        raise _silent(peer, timeout_s, security) from None
     except WireError as error:
         connection.close()
-        raise HandshakeError(f"{host}:{port} does not speak the pool's protocol: {error}") from None
+        raise HandshakeError(f"{peer} does not speak the pool's protocol: {error}") from None
     except BaseException:
         connection.close()
         raise
     return connection, welcome
+
+
+def _secure(sock: socket.socket, security: tls.Caller, peer: str, timeout_s: float) -> tls.Secured:
+    try:
+        return security.secure(sock, peer, timeout_s)
+    except BaseException as error:
+        sock.close()
+        if isinstance(error, TimeoutError):
+            raise _silent(peer, timeout_s, security) from None
+        if isinstance(error, OSError):
+            kind = PeerSilent if is_silence(error) else ConnectionLost
+            raise kind(f"{peer} ended the connection within TLS's handshake ({error})") from None
+        raise
+
+
+def _opening(connection: Connection, security: tls.Caller | None, peer: str, timeout_s: float) -> wire.Challenge:
+    try:
+        opening, _ = connection.receive(timeout_s, direction="greeting")
+    except PeerSilent:
+        raise
+    except ConnectionLost as error:
+        if security is None:
+            raise ConnectionLost(f"{peer} did not greet: {error}{TLS_HINT}") from None
+        raise tls.hung_up(peer, error.__cause__, security.shows) from None
+    if not isinstance(opening, wire.Challenge):
+        raise HandshakeError(f"{peer} did not greet as a pool does; is the address right?")
+    return opening
+
+
+def _silent(peer: str, timeout_s: float, security: tls.Caller | None) -> PeerSilent:
+    return PeerSilent(f"{peer} did not answer the greeting within {timeout_s:g} s{'' if security else TLS_HINT}")
 
 
 def accept(
@@ -200,14 +232,22 @@ def accept(
     device: str = "",
     memory_bytes: int = 0,
     grace_s: float = 0.0,
+    security: tls.Listener | None = None,
     timeout_s: float = GREETING_S,
 ) -> tuple[Connection, wire.Hello]:
-    """Greet a caller; on failure tell it why, close, and raise.
+    """Greet a caller, over TLS if `security` says how; on failure tell it why, close, and raise.
 
     Raises:
         ConnectionLost, WireError, HandshakeError, TimeoutError: as the names say.
+        OSError: the caller did not get through TLS's handshake.
     """
-    connection = Connection(sock, sends=sends, receives=receives)
+    try:
+        secured = security.secure(sock, timeout_s) if security else None
+    except BaseException:
+        sock.close()
+        raise
+    channel = secured.channel if secured else b""
+    connection = Connection(sock, sends=sends, receives=receives, secured=secured)
     try:
         opening = handshake.challenge()
         connection.send(opening)
@@ -215,7 +255,7 @@ def accept(
         if not isinstance(hello, wire.Hello):
             raise WireError("the caller did not greet")
         welcome = handshake.admit(
-            opening, hello, token, torch, device=device, memory_bytes=memory_bytes, grace_s=grace_s
+            opening, hello, token, torch, device=device, memory_bytes=memory_bytes, grace_s=grace_s, channel=channel
         )
         connection.send(welcome)
     except HandshakeError as error:
@@ -258,13 +298,6 @@ def _watch_host(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 2)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 2)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, SILENT_HOST_S // 2 - 1)
-
-
-def _send_both(sock: socket.socket, frame: bytes, payload: memoryview) -> None:
-    sent = sock.sendmsg([frame, payload])
-    rest: Sequence[memoryview] = (memoryview(frame)[sent:], payload[max(0, sent - len(frame)) :])
-    for part in rest:
-        sock.sendall(part)
 
 
 class _Watch:

@@ -53,6 +53,8 @@ Nonce = Annotated[bytes, Meta(min_length=16, max_length=64)]
 Shape = Annotated[tuple[Size, ...], Meta(max_length=MAX_DIMS)]
 Ticket = Annotated[bytes, Meta(min_length=16, max_length=16)]
 """Joins the two ends of a copy between devices; random, so that only its own client knows it."""
+Digest = Annotated[bytes, Meta(max_length=32)]
+"""SHA-256 of a certificate; empty: there is none."""
 Handles = Annotated[list[Handle], Meta(max_length=MAX_ITEMS)]
 
 # --- greeting: both with the broker and with a worker --------------------------------------------------------------
@@ -542,6 +544,7 @@ class StartWorker(msgspec.Struct, frozen=True, tag="start-worker"):
     token: Name
     peer_token: Name
     grace_s: Seconds
+    asks_certificate: bool = False
 
 
 class EndWorker(msgspec.Struct, frozen=True, tag="end-worker"):
@@ -551,10 +554,11 @@ class EndWorker(msgspec.Struct, frozen=True, tag="end-worker"):
 
 
 class PeerAddress(msgspec.Struct, frozen=True):
-    """Where a worker takes in what the others of its lease send."""
+    """Where a worker takes in what the others of its lease send, and the SHA-256 of the certificate that it shows."""
 
     host: Name
     port: Annotated[int, Meta(ge=1, le=65_535)]
+    certificate: Digest = b""
 
 
 class Introduce(msgspec.Struct, frozen=True, tag="introduce"):
@@ -574,6 +578,7 @@ class WorkerReport(msgspec.Struct, frozen=True, tag="worker-report"):
     peer_port: Annotated[int, Meta(ge=0, le=65_535)]
     used_bytes: Size
     idle_s: Annotated[float, Meta(ge=0)]
+    certificate: Digest = b""
 
 
 class WorkerEnded(msgspec.Struct, frozen=True, tag="worker-ended"):

@@ -18,7 +18,7 @@ from typing import BinaryIO
 
 import msgspec
 
-from millpond.pool import transport, wire
+from millpond.pool import tls, transport, wire
 from millpond.pool.errors import ConnectionLost, HandshakeError, WireError
 from millpond.pool.link import Berth, Link
 from millpond.process import die_with_parent
@@ -47,6 +47,8 @@ class Orders(msgspec.Struct, frozen=True):
     grace_s: float = 0.0
     peer_token: str = ""
     """Secret of the lease's workers among themselves; empty: this is the only one."""
+    tls: tls.Files = tls.Files()
+    """The certificate that it shows is its host's; with authorities, its callers must show one too."""
 
 
 class Introduction(msgspec.Struct, frozen=True):
@@ -65,6 +67,8 @@ class Report(msgspec.Struct, frozen=True):
     sessions: int = 0
     idle_s: float = 0.0
     peer_port: int = 0
+    certificate: bytes = b""
+    """SHA-256 of the certificate that it shows; empty: it speaks no TLS."""
 
 
 class Worker:
@@ -93,9 +97,12 @@ class Worker:
         else:
             threads = MAX_SESSIONS + MAX_GREETING + 2 * (os.cpu_count() or 1)
             _limit_data(orders.memory_bytes + WORKSPACE_BYTES + threads * STACK_BYTES)
+        self.security = tls.listener(orders.tls)
         self.listener = transport.listen(orders.bind, 0)
         self.peers = (
-            Peers(orders.peer_token, orders.bind, self.memory, self.torch_version) if orders.peer_token else None
+            Peers(orders.peer_token, orders.bind, self.memory, self.torch_version, orders.tls)
+            if orders.peer_token
+            else None
         )
 
     def report(self) -> Report:
@@ -109,6 +116,7 @@ class Worker:
             len(self._sessions),
             0.0 if self._working else time.monotonic() - self.last_work,
             self.peers.port if self.peers is not None else 0,
+            self.security.channel if self.security is not None else b"",
         )
 
     def serve(self) -> None:
@@ -134,6 +142,7 @@ class Worker:
                 device=_name(self.orders.device),
                 memory_bytes=self.orders.memory_bytes,
                 grace_s=self.orders.grace_s,
+                security=self.security,
             )
             attach, _ = connection.receive(transport.GREETING_S)
         except (ConnectionLost, WireError, HandshakeError, TimeoutError, OSError) as error:
