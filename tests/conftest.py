@@ -63,11 +63,12 @@ def _children(known: frozenset[psutil.Process] = frozenset()) -> list[psutil.Pro
     found: list[psutil.Process] = []
     waiting = [os.getpid()]
     while waiting:
-        for listed in Path(f"/proc/{waiting.pop()}/task").glob("*/children"):
-            with contextlib.suppress(OSError, psutil.NoSuchProcess):
-                for pid in map(int, listed.read_text().split()):
-                    process = psutil.Process(pid)
-                    if process.status() != psutil.STATUS_ZOMBIE and process not in known:
-                        found.append(process)
-                        waiting.append(pid)
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            for listed in Path(f"/proc/{waiting.pop()}/task").glob("*/children"):
+                with contextlib.suppress(OSError, psutil.NoSuchProcess):
+                    for pid in map(int, listed.read_text().split()):
+                        process = psutil.Process(pid)
+                        if process.status() != psutil.STATUS_ZOMBIE and process not in known:
+                            found.append(process)
+                            waiting.append(pid)
     return found

@@ -127,6 +127,7 @@ def test_a_stopped_client_does_not_hold_up_another(worker):
 
 @pytest.mark.slow
 def test_a_lease_that_is_no_longer_there_is_told_at_the_first_op(worker):
+    assert worker.port  # it has reported
     worker.process.kill()
     worker.process.wait()
     done = worker.run("import torch\ntorch.ones(1, device='pool')")

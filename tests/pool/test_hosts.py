@@ -45,8 +45,8 @@ def hosts(site: BrokerProcess) -> list[tuple[int, str]]:
     return [(device.index, device.host) for device in site.status().devices]
 
 
-def wait_lost(lease: Lease) -> str:
-    return wait_for(lease.keep)
+def wait_lost(lease: Lease, deadline_s: float = DEADLINE_S) -> str:
+    return wait_for(lease.keep, deadline_s)
 
 
 def are_gone(processes: list[psutil.Process]) -> bool:
@@ -104,7 +104,8 @@ def test_a_host_that_stands_still_is_lost_and_joins_again_by_itself(site, join):
     with site.acquire(memory_bytes=8 * GIB) as lease:
         workers = host.workers()
         host.process.send_signal(signal.SIGSTOP)
-        assert "is lost with its host gpu-2: nothing was heard of it for" in wait_lost(lease)
+        why = wait_lost(lease, site.settings.grace_s + DEADLINE_S)
+        assert "is lost with its host gpu-2: nothing was heard of it for" in why
         wait_for(lambda: hosts(site) == [(0, OWN)])
         host.process.send_signal(signal.SIGCONT)
         assert are_gone(workers)
