@@ -241,6 +241,8 @@ class Peers:
 
     def _known(self, ticket: bytes, total: int, connection: object) -> _Arrival:
         if ticket not in self._arrivals:
+            if len(self._arrivals) >= MAX_ARRIVALS:  # what failed goes first: it waits only to say why
+                self._arrivals = {known: arrival for known, arrival in self._arrivals.items() if not arrival.failure}
             if len(self._arrivals) >= MAX_ARRIVALS:
                 raise WireError(f"{MAX_ARRIVALS} deliveries wait already")
             self._arrivals[ticket] = _Arrival(total, connection)
