@@ -319,6 +319,7 @@ def test_a_real_worker_serves_a_real_lease(tmp_path):
             )
             with connection:
                 assert welcome.memory_bytes == GIB
+                connection.send(wire.Attach(b"a session that is ours"))
                 connection.send(wire.Batch([wire.Synchronize()]))
                 assert connection.receive(DEADLINE_S)[0] == wire.Done()
         broker.wait_ended(lease.granted.lease)
