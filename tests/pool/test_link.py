@@ -14,6 +14,7 @@ import pytest
 from millpond.pool import link, transport, wire
 from millpond.pool.errors import ConnectionLost, PeerSilent, WireError
 from millpond.pool.link import Berth, Dialler, Link
+from pool_site import wait_for
 
 SESSION = secrets.token_bytes(16)
 
@@ -160,6 +161,20 @@ def test_a_client_that_does_not_come_back_ends_the_session():
     worker.echoing.join(10)
     assert "the client has not come back within 0.2 s" in str(worker.error)
     worker.close()
+
+
+def test_a_peer_that_asks_and_asks_and_never_says_what_it_has_is_hung_up_on(worker, monkeypatch):
+    monkeypatch.setattr(link, "MAX_KEPT", 50)
+    monkeypatch.setattr(link, "MAX_INBOX", 50)
+    connection = worker.dial()
+    connection.send(wire.Attach(SESSION))
+    with contextlib.suppress(ConnectionLost):
+        for number in range(200):
+            connection.send(seed(number))
+    wait_for(lambda: worker.error)
+    assert "goes on sending, and does not say what it has" in str(worker.error)
+    assert len(worker.heard) <= 51
+    connection.close()
 
 
 @pytest.mark.parametrize("claimed", [5, 2**40])

@@ -21,6 +21,9 @@ TELL_EVERY = 32
 MAX_KEPT = 4096
 MAX_KEPT_BYTES = 256 * 1024 * 1024
 """What an end keeps to send again, at most; before it sends more, it waits for the other end to say what it has."""
+MAX_INBOX = 4096
+MAX_INBOX_BYTES = 256 * 1024 * 1024
+"""What an end takes in while it waits so, at most; an other end that sends more and says nothing means ill."""
 CLOSED_S = 3.0
 """How long an end waits for a new connection after the other one, or something between them, has closed the old:
 after the death of a process all that it had must be gone within ten seconds. After silence it waits for the grace."""
@@ -48,7 +51,8 @@ class Link:
         self._told = 0
         """How many of the received messages the peer knows about."""
         self._inbox: deque[tuple[wire.Message, memoryview]] = deque()
-        """What came while we waited for the peer to say what it has."""
+        """What came while we waited for the peer to say what it has; bounded, too."""
+        self._inbox_bytes = 0
 
     def send(self, message: wire.Message, payload: memoryview = memoryview(b"")) -> None:  # noqa: B008
         """Send a message. Its payload must stay as it is until the peer has it: see `settle`.
@@ -84,7 +88,11 @@ class Link:
             ConnectionLost: the peer is gone for good.
             WireError: it sent what it may not.
         """
-        return self._inbox.popleft() if self._inbox else self._receive(allocate)
+        if not self._inbox:
+            return self._receive(allocate)
+        message, payload = self._inbox.popleft()
+        self._inbox_bytes -= payload.nbytes
+        return message, payload
 
     def receive(self, allocate: Allocate | None = None) -> tuple[wire.Message, memoryview]:
         """Wait for the next message; return it with its payload, which lies in memory from `allocate`."""
@@ -122,6 +130,9 @@ class Link:
         while len(self._kept) > messages or self._kept_bytes > payload_bytes:
             if taken := self._receive(None):
                 self._inbox.append(taken)
+                self._inbox_bytes += taken[1].nbytes
+                if len(self._inbox) > MAX_INBOX or self._inbox_bytes > MAX_INBOX_BYTES:
+                    raise WireError("the other end goes on sending, and does not say what it has")
 
     def _forget(self, received: int) -> None:
         """Drop what the peer has."""
