@@ -22,6 +22,7 @@ from pool_site import wait_for
 from worker_site import GIB, TOKEN, WorkerProcess
 
 ONE = wire.Operand(0)
+TABLE = wire.Operand(0, wire.View("uint8", (4, 2), (2, 1), 0))
 FACTORY = {"dtype": wire.Symbol("dtype", "uint8"), "device": wire.Symbol("device")}
 FLAT_BYTES = 48 * 2**20
 """An attack may make the worker larger by no more than this (threads' stacks and allocators' arenas are kept)."""
@@ -430,6 +431,11 @@ def test_a_seed_or_a_state_of_the_generator_that_is_none_is_refused(worker, item
         (wire.Define(0, "aten::_fused_sgd_", [[ONE], [wire.Operand(0, wire.View("uint8", (4,), (1,), 0))], []], {}, []),
          "of the same shapes"),
         (wire.Define(0, "aten::_fused_adamw_", [[ONE], [ONE], [ONE], [ONE], [], []], {}, []), "one step number"),
+        (wire.Define(0, "aten::native_batch_norm", [TABLE, None, None, None, None, False, 1, 1], {}, []), "a mean"),
+        (wire.Define(0, "aten::_native_batch_norm_legit.no_stats", [ONE, None, None, True, 1, 1], {}, []), "channels"),
+        (wire.Define(0, "aten::native_batch_norm_backward", [TABLE, TABLE, ONE, None, None, ONE, ONE, True, 1e-5,
+                     [True, True, True]], {}, []), "one number for each channel"),
+        (wire.Define(0, "aten::range.step", [0, 9, 0.5], FACTORY, []), "a step other than 0"),
     ],
 )  # fmt: skip
 def test_arguments_that_a_kernel_would_crash_on_are_refused(worker, define, why):

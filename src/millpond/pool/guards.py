@@ -51,8 +51,37 @@ def _same_shapes(gradient: torch.Tensor, result: torch.Tensor, *_: Any, **_out: 
     _require(gradient.shape == result.shape, "a gradient for each number of the result")
 
 
-def _known_statistics(x: torch.Tensor, weight: Any, bias: Any, mean: Any, variance: Any, *_: Any) -> None:
+def _known_statistics(x: torch.Tensor, weight: Any, bias: Any, mean: Any, variance: Any, *_: Any, **_out: Any) -> None:
     _require(mean is not None and variance is not None, "a mean and a variance to normalize by")
+    _by_channel(x, weight, bias, mean, variance)
+
+
+def _batch_norm(x: torch.Tensor, weight: Any, bias: Any, *rest: Any, **_out: Any) -> None:
+    mean, variance, training = (*rest[:2], rest[2]) if not isinstance(rest[0], bool) else (None, None, rest[0])
+    _require(bool(training) or (mean is not None and variance is not None), "a mean and a variance to normalize by")
+    _by_channel(x, weight, bias, mean, variance)
+
+
+def _batch_norm_backward(
+    gradient: torch.Tensor, x: torch.Tensor, weight: Any, mean: Any, variance: Any, *rest: Any, **_out: Any
+) -> None:
+    saved_mean, saved_deviation, training = rest[:3]
+    _require(gradient.shape == x.shape and x.numel() > 0, "a gradient for each number of the result")
+    used = (saved_mean, saved_deviation) if training else (mean, variance)
+    _require(all(statistic is not None for statistic in used), "the mean and variance that it was normalized by")
+    _by_channel(x, weight, mean, variance, *used)
+
+
+def _by_channel(x: torch.Tensor, *vectors: torch.Tensor | None) -> None:
+    _require(x.dim() >= 2 and x.size(1) > 0, "a batch of channels")
+    fit = all(vector is None or tuple(vector.shape) == (x.size(1),) for vector in vectors)
+    _require(fit, "one number for each channel")
+
+
+def _range(start: Any, end: Any, step: Any = 1, *, out: Any = None, dtype: Any = None, **_options: Any) -> None:
+    kind = dtype if out is None else out.dtype
+    whole = kind is not None and not kind.is_floating_point and not kind.is_complex
+    _require(step != 0 and (not whole or abs(step) >= 1), "a step other than 0")
 
 
 def _adam(
@@ -99,6 +128,11 @@ _GUARDS: dict[str, Callable[..., None]] = {
     **dict.fromkeys(("_fft_r2c", "_fft_c2c", "_fft_c2r"), _fourier),
     **dict.fromkeys(("_softmax_backward_data", "_log_softmax_backward_data"), _same_shapes),
     **dict.fromkeys(("_batch_norm_no_update", "_native_batch_norm_legit_no_training"), _known_statistics),
+    **dict.fromkeys(("_batch_norm_with_update", "_batch_norm_with_update_functional"), _known_statistics),
+    **dict.fromkeys(("native_batch_norm", "_native_batch_norm_legit"), _batch_norm),
+    "_native_batch_norm_legit_functional": _batch_norm,
+    **dict.fromkeys(("native_batch_norm_backward", "batch_norm_backward"), _batch_norm_backward),
+    "range": _range,
     **dict.fromkeys(("_fused_adam_", "_fused_adamw_"), _adam),
     "_fused_sgd_": _sgd,
     "_fused_adagrad_": _adagrad,
