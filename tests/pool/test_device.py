@@ -720,3 +720,11 @@ def test_a_model_that_leaves_the_device_before_its_backward_pass_is_told_so():
     model.cpu()
     with pytest.raises(RuntimeError, match="moved to another device between the forward and the backward pass"):
         loss.backward()
+
+
+@on_device
+def test_one_number_of_a_larger_tensor_crosses_whatever_its_stride_is():
+    for x in (torch.arange(6.0).view(1, 6)[:, ::6], torch.arange(6.0)[::6], torch.ones(1).expand(1, 1, 1)):
+        there = x.to("pool")
+        assert torch.zeros_like(x).copy_(there).equal(x)
+        assert there.cpu().equal(x)

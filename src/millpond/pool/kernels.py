@@ -280,7 +280,8 @@ def _download(source: Tensor, result: Tensor | None = None) -> Tensor:
 
 def _memory(tensor: Tensor) -> memoryview:
     """Return the bytes of a contiguous tensor in the host's memory, without copying."""
-    return tensor.view(-1).view(torch.uint8).numpy().data
+    # One number alone may have any stride, and yet be contiguous.
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
 def local_scalar_dense(tensor: Tensor) -> Any:
