@@ -15,9 +15,7 @@ import torch
 
 from millpond.pool import codec, guards, operators, wire
 from millpond.pool.errors import WireError
-
-COPIED_BYTES = 1024 * 1024
-"""Answers up to this size are copied out of their tensor."""
+from millpond.pool.link import COPIED_BYTES
 
 Getter = Callable[[Sequence[torch.Tensor], Sequence[codec.Number]], Any]
 

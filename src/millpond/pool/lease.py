@@ -14,7 +14,7 @@ from typing import Self, TypeVar
 
 from millpond.pool import tls, transport, wire
 from millpond.pool.errors import ConnectionLost, HandshakeError, LeaseError, PeerSilent, PoolError, WireError
-from millpond.pool.link import CLOSED_S
+from millpond.pool.link import patience_s
 from millpond.settings import PoolSettings, SettingsError
 
 T = TypeVar("T", bound=wire.Message)
@@ -188,8 +188,7 @@ class Lease:
         if self._broke is None:
             self._broke = now, error
         since, first = self._broke
-        grace_s = self.settings.grace_s
-        if now - since <= (grace_s if isinstance(error, PeerSilent) else min(CLOSED_S, grace_s)):
+        if now - since <= patience_s(error, self.settings.grace_s):
             return ""
         gone = f"the broker at {self.settings.address} is gone"
         return f"{gone}: {first}, and for {now - since:.0f} s after that {error}"

@@ -24,9 +24,9 @@ MAX_KEPT_BYTES = 256 * 1024 * 1024
 MAX_INBOX = 4096
 MAX_INBOX_BYTES = 256 * 1024 * 1024
 """What an end takes in while it waits so, at most; an other end that sends more and says nothing means ill."""
-CLOSED_S = 3.0
-"""How long an end waits for a new connection after the other one, or something between them, has closed the old:
-after the death of a process all that it had must be gone within ten seconds. After silence it waits for the grace."""
+COPIED_BYTES = 1024 * 1024
+"""Payloads up to this size are copied by who sends them, as they may be kept; of larger ones a sender waits until the
+other end has them, or keeps what they are of."""
 RETRY_S = 0.2
 
 Restore = Callable[[ConnectionLost, int], tuple[Connection, int]]
@@ -36,6 +36,11 @@ Raises ConnectionLost when there will be none.
 """
 
 log = logging.getLogger("millpond.pool")
+
+
+def patience_s(error: ConnectionLost, grace_s: float) -> float:
+    """Return how long to wait for a new connection, by how the old one broke."""
+    return grace_s if isinstance(error, PeerSilent) else min(wire.CLOSED_S, grace_s)
 
 
 class Link:
@@ -187,7 +192,7 @@ class Dialler:
             away_s = time.monotonic() - broke
             if why := self._why_ended():
                 raise ConnectionLost(why)
-            limit_s = self._grace_s if isinstance(last, PeerSilent) else min(CLOSED_S, self._grace_s)
+            limit_s = patience_s(last, self._grace_s)
             if away_s > limit_s:
                 raise ConnectionLost(f"{error}, and for {away_s:.0f} s after that {last}")
             if not told:
@@ -228,7 +233,7 @@ class Berth:
 
     def __call__(self, error: ConnectionLost, received: int) -> tuple[Connection, int]:
         """Restore a link; see `Restore`."""
-        wait_s = self._grace_s if isinstance(error, PeerSilent) else min(CLOSED_S, self._grace_s)
+        wait_s = patience_s(error, self._grace_s)
         self.is_waiting = True
         try:
             caller = self._callers.get(timeout=wait_s)

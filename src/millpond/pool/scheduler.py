@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from millpond.pool.errors import LeaseError
+from millpond.pool.wire import CLOSED_S
 
 State = Literal["pending", "granted", "active", "released", "expired", "preempted", "failed"]
 End = Literal["released", "expired", "preempted", "failed"]
@@ -21,8 +22,6 @@ MAX_PENDING = 128
 """Leases that may wait at a time."""
 MAX_PARTS = 32
 """Leases that may share one device."""
-CLOSED_S = 3.0
-"""How long a client may take to come back after its connection closed; when it fell silent, it has the grace."""
 LEFT = "its client ended without giving it back"
 KEEP_PAST = 256
 """Ended leases that are remembered."""

@@ -22,7 +22,7 @@ from millpond import MillpondError
 from millpond.pool import tensors, wire
 from millpond.pool.errors import ConnectionLost, OpError, OpRefused, WireError
 from millpond.pool.interrupts import hold_back_interrupts
-from millpond.pool.link import Link
+from millpond.pool.link import COPIED_BYTES, Link
 
 FLUSH_ITEMS = 128
 """Items that are sent together at most, unless they are being waited for."""
@@ -32,9 +32,6 @@ IDLE_ROUNDS = 50
 """The flushing thread sleeps after so many rounds with nothing to send."""
 WAIT_S = 0.5
 """How long to wait for an answer before looking whether there is anything else to do, again and again."""
-COPIED_BYTES = 1024 * 1024
-"""Tensors up to this size are copied when they are sent, for they may have to be sent again; of larger ones the
-sender waits until the worker has them."""
 REMEMBERED_SITES = 1 << 16
 """Issued items of which the line is remembered; an error about an older one cannot name its line."""
 

@@ -40,6 +40,9 @@ MAX_HOST_DEVICES = 16
 """Devices that one host offers."""
 MAX_INLINE_BYTES = 16 * 1024
 """Largest tensor that travels inside a batch instead of as a payload."""
+CLOSED_S = 3.0
+"""How long an end waits for a new connection after the other one, or something between them, has closed the old:
+after the death of a process all that it had must be gone within ten seconds. After silence it waits for the grace."""
 MAX_TEXT = 4096
 """Longest text in a message."""
 
