@@ -56,15 +56,15 @@ def test_refusals_are_bounded_and_their_counts_go_on(tmp_path: Path) -> None:
 
 def test_a_write_that_fails_is_made_up_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = StateFile(tmp_path / "sync.json")
-    write = state_module.write_atomically
+    replace = state_module.replace
 
     def full(path: Path, content: bytes, *, durable: bool = True) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(state_module, "write_atomically", full)
+    monkeypatch.setattr(state_module, "replace", full)
     file.update(champion="sha256:1")
     assert file.state.champion == "sha256:1"
-    monkeypatch.setattr(state_module, "write_atomically", write)
+    monkeypatch.setattr(state_module, "replace", replace)
     file.update(champion="sha256:1")
     assert read_state(tmp_path / "sync.json").champion == "sha256:1"
 

@@ -8,9 +8,7 @@ leaves the old model or the new one, never a half. Writers hold a lock; readers 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,13 +16,18 @@ from pathlib import Path
 import msgspec
 
 from millpond import MillpondError
-from millpond.edge.state import write_atomically
+from millpond.files import lock, replace, sync
 from millpond.registry import ModelNotFound, RegistryError, parse_config, parse_manifest
 from millpond.registry.manifest import CONFIG_FILE, check_digest
 from millpond.schema import ModelRef
 
 POINTER = "current.json"
 MANIFEST_FILE = "manifest.json"
+LOCK_WAIT_S = 60.0
+
+
+class ModelsBusy(MillpondError):
+    """Another process does not let go of the models."""
 
 
 class RollbackImpossible(MillpondError):
@@ -118,13 +121,13 @@ class ModelShelf:
         incoming, place = self.incoming(digest), self.path(digest)
         (incoming / MANIFEST_FILE).write_bytes(manifest)
         for path in (*incoming.iterdir(), incoming):
-            _sync(path)
+            sync(path)
         with self._locked():
             if place.exists():
                 shutil.rmtree(incoming)
             else:
                 incoming.rename(place)
-            _sync(self.root)
+            sync(self.root)
 
     def activate(self, digest: str, keep: int) -> None:
         """Serve a model that is here, end a pin, and remove all but the last `keep` models."""
@@ -172,23 +175,21 @@ class ModelShelf:
                 shutil.rmtree(gone, ignore_errors=True)
 
     def _write(self, current: Current) -> None:
-        write_atomically(self.pointer, msgspec.json.encode(current))
+        replace(self.pointer, msgspec.json.encode(current))
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        with (self.root / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with (self.root / ".lock").open("w") as file:
+            try:
+                lock(file, LOCK_WAIT_S)
+            except BlockingIOError:
+                raise ModelsBusy(
+                    f"Another process has been changing {self.root} for over {LOCK_WAIT_S:.0f} s. If none is, look who "
+                    f"holds {file.name} (fuser), then try again."
+                ) from None
             yield
 
 
 def _has_digest(path: Path, digest: str) -> bool:
     with path.open("rb") as file:
         return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}" == digest
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import os
 import platform
 import re
 import threading
-import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any
 import msgspec
 
 from millpond import MillpondError
+from millpond.files import lock, replace
 from millpond.schema import RefusedModel
 from millpond.settings import EdgeSettings
 
@@ -77,26 +76,21 @@ class EdgeFiles:
             EdgeBusy: another edge runs there.
         """
         self.root.mkdir(parents=True, exist_ok=True)
-        with self._lock.open("w") as lock:
-            deadline = time.monotonic() + OWNED_S
-            while True:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > deadline:
-                        raise EdgeBusy(
-                            f"Another edge runs on {self.root}; two would fetch and send everything twice. "
-                            "Stop it first, or set MILLPOND_HOME to another directory."
-                        ) from None
-                time.sleep(0.02)
+        with self._lock.open("w") as file:
+            try:
+                lock(file, OWNED_S)
+            except BlockingIOError:
+                raise EdgeBusy(
+                    f"Another edge runs on {self.root}; two would fetch and send everything twice. "
+                    "Stop it first, or set MILLPOND_HOME to another directory."
+                ) from None
             yield
 
     def is_running(self) -> bool:
         """Return whether an edge runs on this home."""
         try:
-            with self._lock.open("r") as lock:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            with self._lock.open("r") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except FileNotFoundError:
             return False
         except BlockingIOError:
@@ -124,7 +118,7 @@ class StateFile:
             if self._state == self._written:
                 return
             with contextlib.suppress(OSError):  # a full disk: the next change is written, or the one after
-                write_atomically(self._path, msgspec.json.encode(self._state), durable=False)
+                replace(self._path, msgspec.json.encode(self._state), durable=False)
                 self._written = self._state
 
     def attempted(self, what: str, error: str | None) -> None:
@@ -153,25 +147,6 @@ def read_state(path: Path) -> SyncState:
         return msgspec.json.decode(path.read_bytes(), type=SyncState)
     except (OSError, msgspec.MsgspecError):
         return SyncState()
-
-
-def write_atomically(path: Path, content: bytes, *, durable: bool = True) -> None:
-    """Replace a file so that a reader finds the old content or the new; if `durable`, so does a power cut."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.new")
-    with unfinished.open("wb") as file:
-        file.write(content)
-        if durable:
-            file.flush()
-            os.fsync(file.fileno())
-    unfinished.rename(path)
-    if not durable:
-        return
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 def edge_name(settings: EdgeSettings) -> str:

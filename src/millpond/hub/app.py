@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,6 +11,7 @@ import sqlalchemy as sa
 from flask.typing import ResponseReturnValue
 
 from millpond import MillpondError, web
+from millpond.files import lock
 from millpond.hub import console, controller, feedback_api, registry_api, review, training_api
 from millpond.hub.db import is_full, migrate
 from millpond.hub.state import Hub
@@ -130,20 +129,15 @@ def _alone(settings: HubSettings) -> Iterator[None]:
     place = settings.home / "hub"
     try:
         place.mkdir(parents=True, exist_ok=True)
-        lock = (place / "lock").open("w")
+        file = (place / "lock").open("w")
     except OSError as error:
         raise SecondHub(f"{place} cannot be written: {error}. Set MILLPOND_HOME to a place that can.") from error
-    deadline = time.monotonic() + LOCK_WAIT_S
-    with lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise SecondHub(
-                        f"Another hub works on {place}, and two would train the same models twice. "
-                        "Stop it, or give this one another MILLPOND_HOME."
-                    ) from None
-                time.sleep(0.05)
+    with file:
+        try:
+            lock(file, LOCK_WAIT_S)
+        except BlockingIOError:
+            raise SecondHub(
+                f"Another hub works on {place}, and two would train the same models twice. "
+                "Stop it, or give this one another MILLPOND_HOME."
+            ) from None
         yield

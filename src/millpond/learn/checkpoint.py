@@ -7,7 +7,6 @@ under another name, synced and renamed, so that a file that is there is whole. T
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ import safetensors.torch
 from torch import Tensor
 
 from millpond import MillpondError
+from millpond.files import sync
 from millpond.learn.state import Position
 
 KEPT = 2
@@ -90,9 +90,9 @@ class Checkpoints:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             safetensors.torch.save_file(plain, temporary, {"millpond": msgspec.json.encode(header).decode()})
-            _sync(temporary)
+            sync(temporary)
             temporary.rename(path)
-            _sync(self.directory)
+            sync(self.directory)
             for old in _newest_first(self.directory)[KEPT:]:
                 old.unlink()
         except (OSError, safetensors.SafetensorError) as error:
@@ -171,12 +171,3 @@ def _read_header(path: Path) -> _Header:
     if header.format != FORMAT:
         raise ValueError(f"its format is {header.format}; this version of Millpond reads {FORMAT}")
     return header
-
-
-def _sync(path: Path) -> None:
-    """Have the kernel write a file, or the names in a directory, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

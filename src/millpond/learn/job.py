@@ -7,7 +7,6 @@ those splits would no longer measure anything.
 
 from __future__ import annotations
 
-import os
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from millpond.files import replace
 from millpond.learn.checkpoint import Checkpoints, clear
 from millpond.learn.datasets import DataError, Dataset, Split, split_digest
 from millpond.learn.evaluate import evaluate, paired
@@ -129,7 +129,7 @@ def do_job(
         metrics=evaluation.metrics,
         seconds=watch.seconds,
     )
-    _write_whole(directory / "result.json", msgspec.json.encode(result))
+    replace(directory / "result.json", msgspec.json.encode(result))
     clear(place)
     return result
 
@@ -202,18 +202,3 @@ def _right(directory: Path, split: Split, labels: list[str], device: torch.devic
     truth = np.array([index.get(label, -1) for label in labels] + [-1])[split.labels]  # -1 stays -1
     right: NDArray[np.bool_] = answer(model.to(device), encoder, split.texts, device).argmax(1) == truth
     return right
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write a file that is either not there or whole, durably."""
-    temporary = path.with_name(f".{path.name}.new")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

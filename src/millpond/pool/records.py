@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import msgspec
 
+from millpond.files import lock, replace
 from millpond.pool.errors import PoolError
 from millpond.pool.scheduler import Lease
 
@@ -23,20 +22,18 @@ def hold(directory: Path) -> Iterator[Records]:
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        lock = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        file = (directory / "lock").open("w")
     except OSError as error:
         raise PoolError(f"The pool cannot keep its records in {directory}: {error}. Set MILLPOND_HOME.") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise PoolError(
-            f"Another broker runs with the records in {directory}: two would lend the same devices twice. "
-            "Stop that one, or set MILLPOND_HOME to another directory."
-        ) from None
-    else:
+    with file:
+        try:
+            lock(file, wait_s=0)
+        except BlockingIOError:
+            raise PoolError(
+                f"Another broker runs with the records in {directory}: two would lend the same devices twice. "
+                "Stop that one, or set MILLPOND_HOME to another directory."
+            ) from None
         yield Records(directory / "leases.json")
-    finally:
-        os.close(lock)
 
 
 class Records:
@@ -67,14 +64,4 @@ class Records:
         Raises:
             OSError: the disk is full, or has failed; what was saved before is still there.
         """
-        temporary = self.path.with_suffix(".new")
-        with temporary.open("wb") as file:
-            file.write(msgspec.json.encode(list(leases)))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.path)
-        directory = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        replace(self.path, msgspec.json.encode(list(leases)))

@@ -7,18 +7,17 @@ Source: OCI image specification 1.1, image-layout.md.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import tempfile
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal
 
 import msgspec
 
+from millpond.files import lock, sync
 from millpond.registry.errors import ArtifactInvalid, ModelNotFound, RegistryError
 from millpond.registry.manifest import (
     ARTIFACT_TYPE,
@@ -221,9 +220,9 @@ class Store:
                 unfinished.mkdir()
                 for file_name, descriptor in files.items():
                     write_blob(_chunks(self.blob_path(name, descriptor.digest)), descriptor, unfinished / file_name)
-                _sync_directory(unfinished)
+                sync(unfinished)
                 unfinished.rename(to)
-            _sync_directory(to.parent)
+            sync(to.parent)
         return to
 
     def _entries(self, name: str) -> Sequence[Descriptor]:
@@ -250,24 +249,15 @@ class Store:
         """Hold the lock of one name; the kernel frees it when this process ends, however it ends."""
         with _told_apart(f"The registry {self.root} cannot be written"):
             self.root.mkdir(parents=True, exist_ok=True)
-            with (self.root / f".{check_name(name)}.lock").open("w") as lock:
-                _wait_for_lock(lock, name)
+            with (self.root / f".{check_name(name)}.lock").open("w") as file:
+                try:
+                    lock(file, LOCK_WAIT_S)
+                except BlockingIOError:
+                    raise RegistryError(
+                        f"Another process has been writing {name} for over {LOCK_WAIT_S:.0f} s. "
+                        f"If none is, look who holds {file.name} (fuser), then try again."
+                    ) from None
                 yield
-
-
-def _wait_for_lock(lock: IO[str], name: str) -> None:
-    deadline = time.monotonic() + LOCK_WAIT_S
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise RegistryError(
-                    f"Another process has been writing {name} for over {LOCK_WAIT_S:.0f} s. "
-                    f"If none is, look who holds {lock.name} (fuser), then try again."
-                ) from None
-            time.sleep(0.02)
 
 
 @contextmanager
@@ -320,8 +310,8 @@ def _create_layout(layout: Path) -> None:
     """Make the directories, and clear away what a killed push left; the caller holds the lock."""
     if not (layout / "blobs/sha256").exists():
         (layout / "blobs/sha256").mkdir(parents=True)
-        _sync_directory(layout / "blobs")
-        _sync_directory(layout.parent)
+        sync(layout / "blobs")
+        sync(layout.parent)
     for left in layout.glob(f"{UNFINISHED}*"):
         left.unlink()
     if not (layout / "oci-layout").exists():
@@ -353,7 +343,7 @@ def _write(layout: Path, chunks: Iterable[bytes], to: Path | None = None) -> tup
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
-    _sync_directory(target.parent)
+    sync(target.parent)
     return name, size
 
 
@@ -390,11 +380,3 @@ def _read_limited(path: Path, limit: int) -> bytes:
 def _check_digest_of(raw: bytes, digest: str) -> None:
     if f"sha256:{hashlib.sha256(raw).hexdigest()}" != digest:
         raise ArtifactInvalid(f"Blob {digest} is damaged: its content has another hash. Push the model again.")
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
