@@ -237,7 +237,8 @@ def ways() -> dict[str, Callable[[], None]]:
 
     from millpond.learn.encoded import Encoded
     from millpond.learn.models import build, options_of
-    from millpond.learn.train import TrainOptions, complete, train
+    from millpond.learn.options import TrainOptions
+    from millpond.learn.train import complete, train
 
     torch.set_num_threads(os.cpu_count() or 1)
     size = STEPS * BATCH

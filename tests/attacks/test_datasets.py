@@ -23,8 +23,8 @@ from millpond.learn import corpora
 from millpond.learn.datasets import DataError, Dataset, from_rows
 from millpond.learn.fit import Stopwatch, answer, fit
 from millpond.learn.gather import read_files
+from millpond.learn.options import TrainOptions
 from millpond.learn.recipes import DataTable, ModelTable, Recipe, read_recipe
-from millpond.learn.train import TrainOptions
 
 CPU = torch.device("cpu")
 OPTIONS = {

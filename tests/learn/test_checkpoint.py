@@ -11,8 +11,9 @@ import torch
 from millpond.learn.checkpoint import KEPT, CheckpointError, Checkpoints, Fingerprint, clear, is_checkpointed
 from millpond.learn.datasets import Dataset
 from millpond.learn.encoded import Encoded
-from millpond.learn.state import Position
-from millpond.learn.train import Training, TrainOptions, train
+from millpond.learn.options import TrainOptions
+from millpond.learn.progress import Position, Training
+from millpond.learn.train import train
 
 from .test_train import CPU, fresh, options
 

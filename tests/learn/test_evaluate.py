@@ -10,7 +10,7 @@ import pytest
 from millpond.learn.datasets import Split
 from millpond.learn.evaluate import evaluate, paired
 from millpond.learn.pictures import draw_evaluation, draw_training
-from millpond.learn.train import Epoch
+from millpond.learn.progress import Epoch
 
 LABELS = ["a", "b", "c"]
 PROBABILITY = np.array([[0.9, 0.1, 0], [0.6, 0.4, 0], [0.2, 0.8, 0], [0.1, 0.85, 0.05], [0, 0.5, 0.5]], np.float32)

@@ -21,7 +21,8 @@ from millpond.learn.encoded import Encoded
 from millpond.learn.gather import read_files
 from millpond.learn.models import build, options_of
 from millpond.learn.prepared import PreparedSets
-from millpond.learn.train import TrainOptions, complete, predict, train
+from millpond.learn.options import TrainOptions
+from millpond.learn.train import complete, predict, train
 from millpond.text import TextEncoder
 
 torch.set_num_threads(1)

@@ -17,7 +17,8 @@ from millpond.learn.datasets import Dataset
 from millpond.learn.encoded import Encoded
 from millpond.learn.export import ExportError, build_graph, read_model, write_model
 from millpond.learn.models import ModelError, TextModel, build, options_of
-from millpond.learn.train import TrainOptions, complete, predict, train
+from millpond.learn.options import TrainOptions
+from millpond.learn.train import complete, predict, train
 from millpond.registry import Lineage, generate_key_pair, parse_config, sign, verify
 from millpond.text import TextEncoder, pad
 

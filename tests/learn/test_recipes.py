@@ -12,6 +12,7 @@ import pytest
 from millpond import MillpondError
 from millpond.learn.datasets import DataError, Dataset
 from millpond.learn.models import MODELS
+from millpond.learn.options import TrainOptions
 from millpond.learn.recipes import (
     DataTable,
     DistilTable,
@@ -22,7 +23,7 @@ from millpond.learn.recipes import (
     read_recipe,
     used_rows,
 )
-from millpond.learn.train import DEFAULTS, TrainOptions, complete
+from millpond.learn.train import DEFAULTS, complete
 from millpond.settings import LearnSettings
 
 WHOLE = """

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from millpond.learn.progress import Epoch
 from millpond.learn.recipes import read_recipe
 from millpond.learn.run import run
-from millpond.learn.state import Epoch
 from millpond.learn.tracking import TrackingError, tracker
 from millpond.settings import LearnSettings
 

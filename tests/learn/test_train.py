@@ -13,8 +13,9 @@ from millpond.learn import train as train_module
 from millpond.learn.datasets import Dataset
 from millpond.learn.encoded import Encoded
 from millpond.learn.models import TextModel, build, options_of
-from millpond.learn.state import Epoch
-from millpond.learn.train import Progress, TrainingError, TrainOptions, complete, predict, rate_at, train
+from millpond.learn.options import TrainingError, TrainOptions, rate_at
+from millpond.learn.progress import Epoch, Progress
+from millpond.learn.train import complete, predict, train
 from millpond.text import TextEncoder
 
 CPU = torch.device("cpu")

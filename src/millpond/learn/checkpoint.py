@@ -19,7 +19,7 @@ from torch import Tensor
 
 from millpond import MillpondError
 from millpond.files import sync
-from millpond.learn.state import Position
+from millpond.learn.progress import Position
 
 KEPT = 2
 """Checkpoints on disk: should the newest be damaged, the one before it is taken."""

@@ -18,9 +18,10 @@ from millpond.learn.datasets import Dataset, Split, split_digest
 from millpond.learn.distil import prepare_lesson
 from millpond.learn.encoded import Encoded
 from millpond.learn.models import ModelOptions, TextModel, build, options_of
+from millpond.learn.options import TrainOptions
+from millpond.learn.progress import Epoch, Progress, Training
 from millpond.learn.recipes import Recipe, hold_back
-from millpond.learn.state import Epoch
-from millpond.learn.train import Progress, Training, TrainOptions, complete, predict, train
+from millpond.learn.train import complete, predict, train
 from millpond.registry import DataSource
 from millpond.schema import JobProgress
 from millpond.settings import default_home

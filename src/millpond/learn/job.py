@@ -22,10 +22,10 @@ from millpond.learn.datasets import DataError, Dataset, Split, split_digest
 from millpond.learn.evaluate import evaluate, paired
 from millpond.learn.export import read_model, write_model
 from millpond.learn.fit import Report, Stopwatch, answer, fit, pick_device
+from millpond.learn.options import TrainingError
 from millpond.learn.recipes import Recipe, load_data, read_recipe, used_rows
 from millpond.learn.run import set_threads
 from millpond.learn.sources import read_lines
-from millpond.learn.train import TrainingError
 from millpond.registry import DataSource, Lineage, Store, sign
 from millpond.schema import MAX_CORRECTION_BYTES, JobProgress, JobResult, JobSpec, LabelledText
 from millpond.settings import LearnSettings

@@ -39,3 +39,15 @@ def padding_share(lengths: NDArray[np.int64], batches: list[NDArray[np.int64]]) 
     """Return which share of the batches is padding, if each is as wide as its longest text."""
     total = sum(len(batch) * int(lengths[batch].max()) for batch in batches)
     return 1 - int(lengths.sum()) / total if total else 0.0
+
+
+def batches_of_like_length(
+    lengths: NDArray[np.int64], order: NDArray[np.int64], max_ids: int
+) -> list[NDArray[np.int64]]:
+    """Cut `order` (by rising length) into batches of at most `max_ids` ids, padding included; a text is never cut."""
+    batches, start = [], 0
+    for end in range(1, len(order) + 1):
+        if end == len(order) or (end + 1 - start) * lengths[order[end]] > max_ids:
+            batches.append(order[start:end])
+            start = end
+    return batches

@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from millpond.learn.calibrate import Scaling
 from millpond.learn.evaluate import CalibrationBin, Evaluation
-from millpond.learn.state import Epoch
+from millpond.learn.progress import Epoch
 
 TRAINING, VALIDATION = "#0e6870", "#c8553d"
 NAMED_LABELS = 20

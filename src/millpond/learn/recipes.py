@@ -14,9 +14,9 @@ from millpond.learn import corpora
 from millpond.learn.datasets import DataError, Dataset, Split, shuffled, split_texts
 from millpond.learn.gather import OnRows, read_files, read_query
 from millpond.learn.models import options_of
+from millpond.learn.options import TrainOptions
 from millpond.learn.prepared import PreparedSets
 from millpond.learn.sources import is_url, shown
-from millpond.learn.train import TrainOptions
 from millpond.settings import LearnSettings
 
 MAX_RECIPE_BYTES = 64 * 1024

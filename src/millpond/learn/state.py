@@ -8,41 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated
 
-import msgspec
 import torch
-from msgspec import Meta
 from torch import Tensor, nn
 
-
-@dataclass(frozen=True)
-class Epoch:
-    """What an epoch came to; validation values are None where there is no validation split."""
-
-    epoch: int
-    loss: float
-    accuracy: float
-    validation_loss: float | None
-    validation_accuracy: float | None
-    seconds: float
-    learning_rate: float = 0.0
-    """That of its last step."""
-    padding: float = 0.0
-    """Which share of what its steps computed on was padding."""
-
-
-class Position(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The plain values of a checkpoint."""
-
-    epoch: Annotated[int, Meta(ge=1)]
-    step: Annotated[int, Meta(ge=0)]
-    seconds: float
-    best: Annotated[int, Meta(ge=0)]
-    best_loss: float | None
-    epochs: list[Epoch]
-    scaler: dict[str, int | float]
-    device: str
+from millpond.learn.progress import Epoch, Position
 
 
 @dataclass

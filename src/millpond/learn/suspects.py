@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from millpond.learn.datasets import Dataset, Split
 from millpond.learn.encoded import Encoded
 from millpond.learn.models import build, options_of
+from millpond.learn.options import TrainOptions
 from millpond.learn.texts import numbered
-from millpond.learn.train import TrainOptions, complete, predict, train
+from millpond.learn.train import complete, predict, train
 
 FOLDS = 5
 MOST_ROWS = 50_000

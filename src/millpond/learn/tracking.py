@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from millpond import MillpondError
-from millpond.learn.state import Epoch
+from millpond.learn.progress import Epoch
 
 if TYPE_CHECKING:
     from millpond.learn.run import Run

@@ -10,57 +10,24 @@ import contextlib
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
-from typing import Annotated, Literal
 
 import msgspec
 import numpy as np
 import torch
-from msgspec import Meta
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from millpond import MillpondError
 from millpond.learn.checkpoint import CheckpointError, Checkpoints
 from millpond.learn.encoded import Encoded
 from millpond.learn.models import TextModel
 from millpond.learn.models.model import EVALUATION_FLOATS
-from millpond.learn.order import epochs, padding_share
-from millpond.learn.state import Epoch, State
-
-REPORT_EVERY_S = 0.5
-"""Seconds between two reads of loss and accuracy."""
-
-
-class TrainingError(MillpondError):
-    """Training cannot go on; the message says why and what to change."""
-
-
-class TrainOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How long, in which steps. What is None follows the model (`DEFAULTS`), `COMMON`, or the amount of data."""
-
-    epochs: Annotated[int, Meta(ge=0, le=10_000)] | None = None
-    batch_size: Annotated[int, Meta(ge=1, le=1_000_000)] | None = None
-    """Texts a step; fewer where that would give an epoch under `MIN_STEPS` steps, unless it is set."""
-    learning_rate: Annotated[float, Meta(gt=0, le=1e30)] | None = None
-    """The highest; see `rate_at`."""
-    schedule: Literal["constant", "linear", "cosine"] | None = None
-    """How the learning rate falls after the warm-up: not, or to 0 in a line or in half a cosine."""
-    warmup: Annotated[float, Meta(ge=0, lt=1)] | None = None
-    """Share of all steps in which the learning rate rises from 0, in a line."""
-    clip_norm: Annotated[float, Meta(ge=0)] | None = None
-    """Gradients that are longer, all together, are shortened to this (Pascanu et al. 2013); 0: never."""
-    precision: Literal["float32", "bfloat16", "float16"] | None = None
-    """What matrix products are computed in; weights, loss, validation and what is exported stay float32."""
-    by_length: bool | None = None
-    """Whether texts of like length share a batch, so that less is padding."""
-    patience: Annotated[int, Meta(ge=0)] | None = None
-    """Epochs without a better validation loss after which training ends; 0: never."""
-    compile: bool | None = None
-    """Whether forward, loss and backward go through `torch.compile`; on a pool device they are then captured."""
-
+from millpond.learn.options import COMMON, TrainingError, TrainOptions, filled, no_number, rate_at, settled
+from millpond.learn.order import batches_of_like_length, epochs, padding_share
+from millpond.learn.progress import REPORT_EVERY_S, Epoch, Progress, Training
+from millpond.learn.state import State
 
 DEFAULTS = {
     "ngram": TrainOptions(epochs=3, batch_size=1024, learning_rate=0.01),
@@ -68,48 +35,7 @@ DEFAULTS = {
     "lstm": TrainOptions(epochs=4, batch_size=64, learning_rate=2e-3),
     "encoder": TrainOptions(epochs=2, batch_size=32, learning_rate=5e-5),
 }
-COMMON = TrainOptions(
-    schedule="constant", warmup=0.0, clip_norm=0.0, precision="float32", by_length=False, patience=0, compile=False
-)
-"""What holds for each model that sets nothing else."""
 MIN_STEPS = 16
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where the loop is, since the start of its epoch."""
-
-    epoch: int
-    epochs: int
-    step: int
-    steps: int
-    loss: float
-    accuracy: float
-    texts_per_s: float
-    left_s: float
-    """Seconds that the rest will take, at the rate so far."""
-
-
-Ending = Literal["finished", "early", "interrupted", "diverged"]
-"""All epochs done; no better for `patience` epochs; Ctrl-C; the loss is no longer a number."""
-
-
-@dataclass
-class Training:
-    """What the loop did: the model holds the weights of epoch `best` (1 is the first; 0: of the unfinished one)."""
-
-    epochs: list[Epoch] = field(default_factory=list)
-    best: int = 0
-    ended: Ending = "finished"
-    error: str = ""
-    """Why it diverged, and what to try."""
-    resumed: tuple[int, int] | None = None
-    """The epoch and the number of its steps that were done when a checkpoint was taken up."""
-
-    @property
-    def interrupted(self) -> bool:
-        """Return whether Ctrl-C ended it."""
-        return self.ended == "interrupted"
 
 
 @dataclass(frozen=True)
@@ -147,11 +73,9 @@ def train(
         TrainingError: the loss was no number in the first epoch, or an option cannot be followed.
         CheckpointError: a checkpoint is of another training, or the disk is full.
     """
-    options = _filled(options, COMMON)
+    options = settled(options, validates=validation is not None)
     assert options.epochs is not None
     assert options.batch_size is not None
-    if options.patience and validation is None:
-        raise TrainingError("patience needs rows to validate on: set --validation above 0, or leave --patience out.")
     torch.manual_seed(seed)
     model.to(device).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=rate_at(0, 1, options), foreach=True)
@@ -245,29 +169,12 @@ def train(
     return result
 
 
-def rate_at(step: int, steps: int, options: TrainOptions) -> float:
-    """Return the learning rate of one of all `steps`, the first of which is 0."""
-    assert options.learning_rate is not None
-    rising = round((options.warmup or 0.0) * steps)
-    if step < rising:
-        return options.learning_rate * (step + 1) / rising
-    done = (step - rising) / (steps - rising)
-    share = {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
-    return options.learning_rate * share.get(options.schedule or "constant", 1.0)
-
-
 def complete(options: TrainOptions, architecture: str, rows: int) -> TrainOptions:
     """Return `options` with what is None filled in for a model and a number of training texts."""
-    default = _filled(DEFAULTS[architecture], COMMON)
+    default = filled(DEFAULTS[architecture], COMMON)
     assert default.batch_size is not None
     few = msgspec.structs.replace(default, batch_size=min(default.batch_size, max(4, rows // MIN_STEPS)))
-    return _filled(options, few)
-
-
-def _filled(options: TrainOptions, default: TrainOptions) -> TrainOptions:
-    """Return `options` with the values of `default` where it has None."""
-    given = {key: value for key, value in msgspec.structs.asdict(options).items() if value is not None}
-    return msgspec.structs.replace(default, **given)
+    return filled(options, few)
 
 
 def _forward(
@@ -301,23 +208,13 @@ def predict(model: TextModel, data: Encoded, device: torch.device) -> NDArray[np
     model.eval()
     order = np.argsort(data.lengths, kind="stable")
     batches: list[Tensor] = []
-    for chosen in _batches_by_length(data.lengths, order, EVALUATION_FLOATS // model.floats_per_id):
+    for chosen in batches_of_like_length(data.lengths, order, EVALUATION_FLOATS // model.floats_per_id):
         batch = torch.from_numpy(model.batch(data.take(chosen))).to(device, non_blocking=True)
         batches.append(model(batch, len(chosen)).softmax(1))
     answers = torch.cat(batches).float().cpu().numpy()
     result = np.empty_like(answers)
     result[order] = answers
     return result
-
-
-def _batches_by_length(lengths: NDArray[np.int64], order: NDArray[np.int64], max_ids: int) -> list[NDArray[np.int64]]:
-    """Cut `order` (by rising length) into batches of at most `max_ids` ids, padding included; a text is never cut."""
-    batches, start = [], 0
-    for end in range(1, len(order) + 1):
-        if end == len(order) or (end + 1 - start) * lengths[order[end]] > max_ids:
-            batches.append(order[start:end])
-            start = end
-    return batches
 
 
 def _validate(model: TextModel, data: Encoded, labels: NDArray[np.int64], device: torch.device) -> tuple[float, float]:
@@ -342,15 +239,7 @@ def _read(at: State, texts: int, recent: list[tuple[int, float, Tensor]], option
     losses = torch.stack([loss for _, _, loss in recent]).tolist()
     bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), len(recent) - 1)
     step, rate, _ = recent[bad]
-    what = "a weight is no longer a number" if math.isfinite(losses[bad]) else "the loss is no longer a number"
-    advice = [f"Lower the learning rate (--learning-rate {(options.learning_rate or 0) / 10:g})"]
-    advice += [] if options.clip_norm else ["clip gradients (--clip-norm 1)"]
-    advice += [] if options.warmup else ["warm up (--warmup 0.1)"]
-    advice += ["compute in --precision bfloat16"] if options.precision == "float16" else []
-    raise TrainingError(
-        f"{what}: at step {step} of epoch {at.epoch} the learning rate was {rate:g}, and the steps were too large. "
-        f"{', or '.join(advice)}."
-    )
+    raise no_number("a weight" if math.isfinite(losses[bad]) else "the loss", at.epoch, step, rate, options)
 
 
 def _copy(model: TextModel) -> dict[str, Tensor]:
