@@ -87,6 +87,10 @@ class LearnSettings:
     database: str = _setting(
         "SQLAlchemy URL that a recipe's query goes to, where the recipe names none.", default="", secret=True
     )
+    paddle_python: Path | None = _setting(
+        "Python of an environment with Paddle, for --framework paddle; default: the one that runs Millpond.",
+        default=None,
+    )
     checkpoint_s: float = _setting(
         "Seconds between two checkpoints of a training, from which it resumes; 0: none.", default=30.0
     )

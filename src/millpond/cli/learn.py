@@ -141,6 +141,9 @@ def train(
     patience: Annotated[
         int | None, typer.Option(help="Stop after so many epochs that are no better; 0: never.")
     ] = None,
+    framework: Annotated[
+        str | None, typer.Option(help="What computes the steps: torch (default), or paddle for seqcnn and lstm.")
+    ] = None,
     compile_: Annotated[
         bool | None, typer.Option("--compile/--no-compile", help="Send the step through torch.compile.")
     ] = None,
@@ -179,6 +182,7 @@ def train(
             "precision": precision,
             "by_length": by_length,
             "patience": patience,
+            "framework": framework,
             "compile": compile_,
         },
         "distil": {name: str(path) for name, path in taught.items() if path} or None,

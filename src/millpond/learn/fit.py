@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 import msgspec
@@ -18,13 +20,15 @@ from millpond.learn.datasets import Dataset, Split, split_digest
 from millpond.learn.distil import prepare_lesson
 from millpond.learn.encoded import Encoded
 from millpond.learn.models import ModelOptions, TextModel, build, options_of
-from millpond.learn.options import TrainOptions
+from millpond.learn.options import TrainingError, TrainOptions
+from millpond.learn.paddle.messages import missing
+from millpond.learn.paddle.parent import Place, train_in_paddle
 from millpond.learn.progress import Epoch, Progress, Training
 from millpond.learn.recipes import Recipe, hold_back
 from millpond.learn.train import complete, predict, train
 from millpond.registry import DataSource
 from millpond.schema import JobProgress
-from millpond.settings import default_home
+from millpond.settings import LearnSettings, default_home
 from millpond.text import TextEncoder
 
 Report = Callable[[JobProgress], None]
@@ -72,6 +76,25 @@ def pick_device(name: str) -> torch.device:
     return torch.accelerator.current_accelerator() or torch.device("cpu")
 
 
+def place_of(recipe: Recipe, settings: LearnSettings, device: str) -> Place:
+    """Return where Paddle trains, if the recipe wants that; it is looked for before any work is done.
+
+    Raises:
+        TrainingError: it is not installed, or cannot use the device.
+    """
+    place = Place(device, settings.paddle_python or Path(sys.executable))
+    if recipe.training.framework != "paddle":
+        return place
+    if (chosen := pick_device(device)).type not in ("cpu", "cuda"):
+        raise TrainingError(
+            f"Paddle cannot use {chosen}, which only torch sees. Start it on the host that has the GPU, with a Paddle "
+            "made for CUDA (docs/how-to/train-with-paddle.md); or train in torch; or on this host with --device cpu."
+        )
+    if settings.paddle_python is None and find_spec("paddle") is None:
+        raise TrainingError(missing(sys.executable, "there is no module paddle"))
+    return place
+
+
 def fit(
     recipe: Recipe,
     dataset: Dataset,
@@ -81,12 +104,13 @@ def fit(
     watch: Stopwatch,
     *,
     home: Path | None = None,
+    place: Place = Place(),  # noqa: B008 (frozen)
     keep: Callable[[Fingerprint], Checkpoints] | None = None,
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
 ) -> Trained:
     """Train the recipe's model on the rows `used`; `keep` says where the checkpoints of this training are.
 
-    A teacher's answers are kept in `home` (None: Millpond's own).
+    A teacher's answers are kept in `home` (None: Millpond's own). `place` is where Paddle trains, if it is to.
 
     Raises:
         DataError: the recipe's teacher or unlabelled texts cannot be used.
@@ -119,19 +143,38 @@ def fit(
             note = f"epoch {at.epoch}/{at.epochs}, {at.texts_per_s:,.0f} texts/s, {_span(at.left_s)} left"
             report(JobProgress(stage="train", done=done, total=total, loss=at.loss, accuracy=at.accuracy, note=note))
 
-        training = train(
-            model,
-            encoded,
-            learned.labels,
-            validation,
-            how,
-            device,
-            seed=recipe.seed,
-            objective=lesson.objective if lesson else None,
-            on_progress=on_progress,
-            on_epoch=on_epoch,
-            checkpoints=checkpoints,
-        )
+        if how.framework == "paddle":
+            training = train_in_paddle(
+                model,
+                encoded,
+                learned.labels,
+                validation,
+                how,
+                place=place,
+                architecture=architecture,
+                model_options=options,
+                seed=recipe.seed,
+                on_progress=on_progress,
+                on_epoch=on_epoch,
+                checkpoints=checkpoints,
+            )
+            # Paddle may have had a GPU that this torch has not.
+            device = torch.device("cpu") if device.type == "cuda" and not torch.cuda.is_available() else device
+            model.to(device)
+        else:
+            training = train(
+                model,
+                encoded,
+                learned.labels,
+                validation,
+                how,
+                device,
+                seed=recipe.seed,
+                objective=lesson.objective if lesson else None,
+                on_progress=on_progress,
+                on_epoch=on_epoch,
+                checkpoints=checkpoints,
+            )
     taught = sum(source.rows for source in lesson.sources if source.role == "unlabelled") if lesson else 0
     sources = lesson.sources if lesson else []
     return Trained(model, encoder, options, how, training, len(learned) - taught, held, device, sources)

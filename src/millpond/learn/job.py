@@ -21,7 +21,7 @@ from millpond.learn.checkpoint import Checkpoints, clear
 from millpond.learn.datasets import DataError, Dataset, Split, split_digest
 from millpond.learn.evaluate import evaluate, paired
 from millpond.learn.export import read_model, write_model
-from millpond.learn.fit import Report, Stopwatch, answer, fit, pick_device
+from millpond.learn.fit import Report, Stopwatch, answer, fit, pick_device, place_of
 from millpond.learn.options import TrainingError
 from millpond.learn.recipes import Recipe, load_data, read_recipe, used_rows
 from millpond.learn.run import set_threads
@@ -60,13 +60,14 @@ def do_job(
     with watch.stage("data"):
         report(JobProgress(stage="data", note="reading the corpus"))
         recipe = read_recipe(Path(spec.recipe))
+        on_device, paddle = pick_device(device), place_of(recipe, settings, device)
         dataset = load_data(recipe, settings)
         corrections = _as_split(read_texts(directory / spec.corrections), dataset.labels)
         heldout = _as_split(read_texts(directory / spec.heldout), dataset.labels)
         used, corrections = training_rows(recipe, dataset, corrections, heldout)
     place = directory / spec.checkpoints
     keep = partial(Checkpoints, place, every_s=settings.checkpoint_s, strict=False)
-    trained = fit(recipe, dataset, used, pick_device(device), report, watch, home=settings.home, keep=keep)
+    trained = fit(recipe, dataset, used, on_device, report, watch, home=settings.home, place=paddle, keep=keep)
     if trained.training.interrupted:
         raise JobError("the job was interrupted; start it again.")
     if trained.training.ended == "diverged":

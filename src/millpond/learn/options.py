@@ -35,12 +35,21 @@ class TrainOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Whether texts of like length share a batch, so that less is padding."""
     patience: Annotated[int, Meta(ge=0)] | None = None
     """Epochs without a better validation loss after which training ends; 0: never."""
+    framework: Literal["torch", "paddle"] | None = None
+    """What computes the steps; `millpond.learn.paddle` says how."""
     compile: bool | None = None
     """Whether forward, loss and backward go through `torch.compile`; on a pool device they are then captured."""
 
 
 COMMON = TrainOptions(
-    schedule="constant", warmup=0.0, clip_norm=0.0, precision="float32", by_length=False, patience=0, compile=False
+    schedule="constant",
+    warmup=0.0,
+    clip_norm=0.0,
+    precision="float32",
+    by_length=False,
+    patience=0,
+    framework="torch",
+    compile=False,
 )
 """What holds for each model that sets nothing else."""
 

@@ -69,6 +69,8 @@ class Training:
     ended: Ending = "finished"
     error: str = ""
     """Why it diverged, and what to try."""
+    trained_by: str = ""
+    """The framework with its version, and the device."""
     resumed: tuple[int, int] | None = None
     """The epoch and the number of its steps that were done when a checkpoint was taken up."""
 

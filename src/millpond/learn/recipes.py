@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path, PurePath
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import msgspec
 from msgspec import Meta
@@ -15,6 +15,7 @@ from millpond.learn.datasets import DataError, Dataset, Split, shuffled, split_t
 from millpond.learn.gather import OnRows, read_files, read_query
 from millpond.learn.models import options_of
 from millpond.learn.options import TrainOptions
+from millpond.learn.paddle.messages import Architecture
 from millpond.learn.prepared import PreparedSets
 from millpond.learn.sources import is_url, shown
 from millpond.settings import LearnSettings
@@ -175,6 +176,20 @@ def check(recipe: Recipe) -> None:
     if data.query is not None and data.test_file:
         raise DataError("`test_file` goes with `file`; rows of a query are split by the column that `split` names.")
     options_of(recipe.model.architecture, recipe.model.options)
+    if recipe.training.framework == "paddle" and (cannot := _unknown_to_paddle(recipe)):
+        raise DataError(f"Paddle cannot train {cannot}. Change that, or train in torch: --framework torch.")
+
+
+def _unknown_to_paddle(recipe: Recipe) -> str:
+    """Return the first thing that a recipe asks for and Paddle cannot do; empty: there is none."""
+    model, can = recipe.model.architecture, get_args(Architecture)
+    asked = {
+        f"the model {model} (it can {' and '.join(can)})": model not in can,
+        "with a teacher, whose answers are weighed in torch": recipe.distil is not None,
+        "through torch.compile": bool(recipe.training.compile),
+        "in float16, whose gradients must be scaled (it can bfloat16)": recipe.training.precision == "float16",
+    }
+    return next((what for what, is_asked in asked.items() if is_asked), "")
 
 
 def shown_recipe(recipe: Recipe) -> dict[str, Any]:

@@ -110,6 +110,7 @@ def _lineage(run: Run) -> list[tuple[str, str]]:
         ("data digest", run.dataset.digest),
         ("rows", f"{run.trained.train_rows:,} learned from, {run.dataset.bad_rows.count:,} bad rows not used"),
         ("seed", str(run.recipe.seed)),
+        ("trained by", run.trained.training.trained_by),
         ("device", f"{run.trained.device} ({platform.machine()}, {platform.system()})"),
         ("software", f"millpond {millpond.__version__}, Python {platform.python_version()}, {versions}"),
         ("started", f"{run.started:%Y-%m-%d %H:%M:%S} UTC"),

@@ -19,7 +19,7 @@ from millpond.learn.checkpoint import CheckpointError, Checkpoints, clear, dotte
 from millpond.learn.datasets import DataError, Dataset, Split
 from millpond.learn.evaluate import Evaluation, evaluate
 from millpond.learn.export import read_model, write_model
-from millpond.learn.fit import Report, Stopwatch, Trained, answer, fit, pick_device
+from millpond.learn.fit import Report, Stopwatch, Trained, answer, fit, pick_device, place_of
 from millpond.learn.recipes import Recipe, load_data, shown_recipe, used_rows
 from millpond.learn.tracking import Tracker
 from millpond.registry import DataSource, Lineage
@@ -70,6 +70,7 @@ class Run:
             "recipe": shown_recipe(self.recipe),
             "training": msgspec.to_builtins(self.trained.how),
             "device": str(self.trained.device),
+            "trained_by": training.trained_by,
             "epochs": [asdict(epoch) for epoch in training.epochs],
             "best_epoch": training.best,
             "ended": training.ended,
@@ -105,6 +106,7 @@ def run(
     started = datetime.datetime.now(datetime.UTC)
     directory = _directory(out, settings.home / "runs", f"{started:%Y%m%d-%H%M%S}-{recipe.model.architecture}", resume)
     set_threads(settings)
+    on_device, place = pick_device(device), place_of(recipe, settings, device)
     watch = Stopwatch()
     with watch.stage("data"):
         note = f"reading {recipe.data.source}"
@@ -115,14 +117,24 @@ def run(
             on_rows=lambda count: report(JobProgress(stage="data", done=count, note=f"{note}, {count:,} rows")),
         )
         used, _ = used_rows(recipe, dataset)
-    on_device = pick_device(device)
     keep = partial(Checkpoints, directory / CHECKPOINTS, every_s=settings.checkpoint_s)
     if tracker is not None:
         tags = {"model": name, "data": dataset.name, "data.digest": dataset.digest, "device": str(on_device)}
         tracker.start(directory, tags)
     on_epoch = tracker.epoch if tracker is not None else lambda epoch: None
     try:
-        trained = fit(recipe, dataset, used, on_device, report, watch, home=settings.home, keep=keep, on_epoch=on_epoch)
+        trained = fit(
+            recipe,
+            dataset,
+            used,
+            on_device,
+            report,
+            watch,
+            home=settings.home,
+            place=place,
+            keep=keep,
+            on_epoch=on_epoch,
+        )
     except MillpondError:
         if tracker is not None:
             tracker.fail()

@@ -81,7 +81,7 @@ def train(
     optimizer = torch.optim.Adam(model.parameters(), lr=rate_at(0, 1, options), foreach=True)
     scaler = torch.amp.GradScaler(device.type, enabled=options.precision == "float16")
     at = State(model, optimizer, scaler, device, totals=torch.zeros(2, device=device))
-    result = Training()
+    result = Training(trained_by=f"torch {torch.__version__} on {device}")
     if checkpoints is not None and (saved := checkpoints.read()):
         try:
             at.restore(*saved)
