@@ -26,6 +26,7 @@ from millpond.learn.encoded import Encoded
 from millpond.learn.export import read_model
 from millpond.learn.models import ModelOptions, TextModel, build, options_of
 from millpond.learn.options import TrainingError, TrainOptions
+from millpond.learn.paddle import parent
 from millpond.learn.paddle.messages import write_rows
 from millpond.learn.paddle.parent import Place, train_in_paddle
 from millpond.learn.progress import Training
@@ -252,7 +253,7 @@ def test_what_paddle_finds_out_is_told_as_torch_would(
 
 
 @pytest.mark.slow
-def test_ctrl_c_keeps_the_best_so_far(small: Dataset) -> None:
+def test_ctrl_c_keeps_the_best_so_far(small: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(epoch: object) -> None:
         raise KeyboardInterrupt
 
@@ -260,6 +261,9 @@ def test_ctrl_c_keeps_the_best_so_far(small: Dataset) -> None:
     result = train_small(small, "lstm", how, on_epoch=interrupt)
     assert result.interrupted
     assert 1 <= result.best <= len(result.epochs) < 1000
+    monkeypatch.setattr(parent, "STOP_S", 0.0)
+    with pytest.raises(TrainingError, match="did not stop within 0 s of Ctrl-C and was killed"):
+        train_small(small, "lstm", how, on_epoch=interrupt)
 
 
 @pytest.mark.slow

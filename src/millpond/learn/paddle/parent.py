@@ -235,11 +235,28 @@ def _last(child: subprocess.Popen[bytes], python: Path, work: Path, take: Callab
 
 @contextlib.contextmanager
 def _limit(child: subprocess.Popen[bytes], seconds: float) -> Iterator[None]:
-    """Kill the child if this takes longer."""
-    timer = threading.Timer(seconds, child.kill)
+    """Kill the child if this takes longer.
+
+    Raises:
+        TrainingError: it was killed.
+    """
+    is_late = threading.Event()
+
+    def kill() -> None:
+        is_late.set()
+        child.kill()
+
+    timer = threading.Timer(seconds, kill)
     timer.start()
     try:
         yield
+    except TrainingError as error:
+        if is_late.is_set():
+            raise TrainingError(
+                f"the process that trains in Paddle did not stop within {seconds:g} s of Ctrl-C and was killed: there "
+                "is no model of it. With --resume it goes on from its last checkpoint, if it has one."
+            ) from error
+        raise
     finally:
         timer.cancel()
         timer.join()
