@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from millpond.cli.mlperf import mlperf, mlperf_run
 from millpond.settings import LearnSettings, load
 
 if TYPE_CHECKING:
@@ -275,6 +276,10 @@ def job(
     with _Bar() as report:
         result = do_job(directory, _settings(), device=device, on_progress=report)
     typer.echo(f"{result.version} {result.digest}: test accuracy {result.test.candidate_accuracy:.4f}")
+
+
+app.command()(mlperf)
+app.command("mlperf-run", hidden=True)(mlperf_run)
 
 
 # --- what is shown -----------------------------------------------------------------------------------------------

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from millpond.learn.calibrate import Scaling
 from millpond.learn.evaluate import CalibrationBin, Evaluation
+from millpond.learn.mllog import RunLog
 from millpond.learn.progress import Epoch
 
 TRAINING, VALIDATION = "#0e6870", "#c8553d"
+COLOURS = (TRAINING, VALIDATION, "#8a6fb0", "#c9a227", "#4f7942", "#566a6d")
 NAMED_LABELS = 20
 """Labels whose names and counts fit into the picture of the confusion."""
 STYLE: dict[Any, Any] = {
@@ -110,6 +113,26 @@ def length_figure(evaluation: Evaluation) -> Figure:
     axes.set(xlabel="length in characters", title="Accuracy by length", xlim=(-0.5, len(bins) - 0.5))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(axis="y", alpha=0.6)
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def target_figure(runs: Mapping[str, Sequence[RunLog]], target: float) -> Figure:
+    """Return the accuracy of each run over the time since its start, by what was run, and the target."""
+    figure = _figure(9, 3.6)
+    axes = figure.subplots()
+    for colour, (name, logs) in zip(cycle(COLOURS), runs.items(), strict=False):
+        for log in logs:
+            at, shares = [epoch.at_s for epoch in log.epochs], [epoch.accuracy for epoch in log.epochs]
+            axes.plot(at, shares, "o-", color=colour, markersize=4, linewidth=1, alpha=0.8)
+        axes.plot([], [], "o-", color=colour, markersize=4, label=f"{name} ({len(logs)} runs)")
+    axes.axhline(target, color="#132325", linewidth=1, linestyle=":", label=f"target {target:.1%}")
+    axes.set(xlabel="seconds since the start of the run", title="Accuracy on the test split after each epoch")
+    axes.set_xlim(left=0)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
+    axes.grid(alpha=0.6)
+    axes.margins(y=0.12)
+    axes.legend(fontsize="small", loc="best")
     return figure
 
 
