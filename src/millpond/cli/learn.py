@@ -154,6 +154,9 @@ def train(
     train_rows: Annotated[int | None, typer.Option(help="Use this many training rows only.")] = None,
     validation: Annotated[float | None, typer.Option(help="Share held back to choose the best epoch.")] = None,
     device: Device = "auto",
+    gpus: Annotated[
+        int, typer.Option(min=1, max=64, help="Share each batch among so many GPUs; with --device cpu, processes.")
+    ] = 1,
     out: Annotated[Path | None, typer.Option(help="Directory of the run; default: runs/ under the home.")] = None,
     name: Annotated[str, typer.Option(help="Name that the model carries.")] = "sentiment",
     resume: Annotated[
@@ -195,7 +198,17 @@ def train(
     settings = _settings()
     tracking = tracker(mlflow, settings.home, lambda warning: typer.echo(f"warning: {warning}", err=True))
     with _Bar() as report:
-        done = run(recipe, settings, device=device, name=name, out=out, report=report, resume=resume, tracker=tracking)
+        done = run(
+            recipe,
+            settings,
+            device=device,
+            name=name,
+            out=out,
+            report=report,
+            resume=resume,
+            tracker=tracking,
+            workers=gpus,
+        )
     if as_json:
         typer.echo(json.dumps(done.summary(), indent=2))
     else:

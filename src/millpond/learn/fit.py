@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -107,10 +108,12 @@ def fit(
     place: Place = Place(),  # noqa: B008 (frozen)
     keep: Callable[[Fingerprint], Checkpoints] | None = None,
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
+    workers: int = 1,
 ) -> Trained:
     """Train the recipe's model on the rows `used`; `keep` says where the checkpoints of this training are.
 
-    A teacher's answers are kept in `home` (None: Millpond's own). `place` is where Paddle trains, if it is to.
+    A teacher's answers are kept in `home` (None: Millpond's own). Of several `workers` each has a GPU of this machine,
+    or all share the processor where that is the device. `place` is where Paddle trains, if it is to.
 
     Raises:
         DataError: the recipe's teacher or unlabelled texts cannot be used.
@@ -162,7 +165,7 @@ def fit(
             device = torch.device("cpu") if device.type == "cuda" and not torch.cuda.is_available() else device
             model.to(device)
         else:
-            training = train(
+            training = (train if workers == 1 else partial(_workers(), workers))(
                 model,
                 encoded,
                 learned.labels,
@@ -178,6 +181,12 @@ def fit(
     taught = sum(source.rows for source in lesson.sources if source.role == "unlabelled") if lesson else 0
     sources = lesson.sources if lesson else []
     return Trained(model, encoder, options, how, training, len(learned) - taught, held, device, sources)
+
+
+def _workers() -> Callable[..., Training]:
+    from millpond.learn.workers import train_on_workers  # Ray's: only where it is asked for
+
+    return train_on_workers
 
 
 def _fingerprint(

@@ -105,13 +105,14 @@ def _splits(run: Run) -> list[tuple[str, int, float, str]]:
 def _lineage(run: Run) -> list[tuple[str, str]]:
     versions = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
     resumed = run.trained.training.resumed
+    workers = f", {run.workers} workers" if run.workers > 1 else ""
     return [
         ("data", f"{run.dataset.name}, from {run.dataset.source}"),
         ("data digest", run.dataset.digest),
         ("rows", f"{run.trained.train_rows:,} learned from, {run.dataset.bad_rows.count:,} bad rows not used"),
         ("seed", str(run.recipe.seed)),
         ("trained by", run.trained.training.trained_by),
-        ("device", f"{run.trained.device} ({platform.machine()}, {platform.system()})"),
+        ("device", f"{run.trained.device}{workers} ({platform.machine()}, {platform.system()})"),
         ("software", f"millpond {millpond.__version__}, Python {platform.python_version()}, {versions}"),
         ("started", f"{run.started:%Y-%m-%d %H:%M:%S} UTC"),
         ("resumed", f"from a checkpoint in epoch {resumed[0]}, after step {resumed[1]}" if resumed else "no"),

@@ -43,6 +43,8 @@ class Run:
     scaling: Scaling | None
     """What temperature scaling would do to the test scores; None without validation rows."""
     watch: Stopwatch
+    workers: int = 1
+    """How many shared its steps."""
 
     def options(self) -> dict[str, Any]:
         """Return every option that the model depends on, by dotted name, with what was filled in."""
@@ -71,6 +73,7 @@ class Run:
             "training": msgspec.to_builtins(self.trained.how),
             "device": str(self.trained.device),
             "trained_by": training.trained_by,
+            "workers": self.workers,
             "epochs": [asdict(epoch) for epoch in training.epochs],
             "best_epoch": training.best,
             "ended": training.ended,
@@ -92,10 +95,12 @@ def run(
     report: Report,
     resume: bool = False,
     tracker: Tracker | None = None,
+    workers: int = 1,
 ) -> Run:
     """Train by the recipe, read the test split once, write everything into `out`.
 
-    With `resume` it goes on from the last checkpoint in `out`, or in the newest run that did not end.
+    With `resume` it goes on from the last checkpoint in `out`, or in the newest run that did not end. `workers` as for
+    `fit`.
 
     Raises:
         DataError: the data cannot be used, or `out` is there already.
@@ -134,8 +139,9 @@ def run(
             place=place,
             keep=keep,
             on_epoch=on_epoch,
+            workers=workers,
         )
-    except MillpondError:
+    except (MillpondError, KeyboardInterrupt):
         if tracker is not None:
             tracker.fail()
         raise
@@ -167,7 +173,7 @@ def run(
             lineage=Lineage(seed=recipe.seed, dropped_leaks=dataset.dropped_leaks),
             sample_texts=dataset.test.texts[:: max(1, len(dataset.test) // 8)],
         )
-    done = Run(directory, name, started, recipe, dataset, trained, evaluation, scaling, watch)
+    done = Run(directory, name, started, recipe, dataset, trained, evaluation, scaling, watch, workers)
     with watch.stage("report"):
         _write_results(done)
     if tracker is not None:

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 import msgspec
@@ -26,6 +27,7 @@ from millpond.learn.models import TextModel
 from millpond.learn.models.model import EVALUATION_FLOATS
 from millpond.learn.options import COMMON, TrainingError, TrainOptions, filled, no_number, rate_at, settled
 from millpond.learn.order import batches_of_like_length, epochs, padding_share
+from millpond.learn.parallel import Alone
 from millpond.learn.progress import REPORT_EVERY_S, Epoch, Progress, Training
 from millpond.learn.state import State
 
@@ -61,19 +63,22 @@ def train(
     on_progress: Callable[[Progress], None] = lambda progress: None,
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
     checkpoints: Checkpoints | None = None,
+    workers: Alone | None = None,
 ) -> Training:
     """Train `model` on `device`; it is left there, with the weights of the best epoch on validation (else the last).
 
     Epochs, batch size and learning rate must be set (see `complete`). Without an objective it is the cross-entropy of
     the labels. Ctrl-C ends the loop early and keeps the best so far; so does a loss that is no number, once an epoch is
     done. With `checkpoints` it goes on from the last one that is there, and ends with the weights that an unbroken
-    training has (on a CPU: bit for bit).
+    training has (on a CPU: bit for bit). Each of several `workers` calls this with equal arguments, computes its part
+    of every batch, and ends with the same weights.
 
     Raises:
         TrainingError: the loss was no number in the first epoch, or an option cannot be followed.
         CheckpointError: a checkpoint is of another training, or the disk is full.
     """
     options = settled(options, validates=validation is not None)
+    workers = workers or Alone()
     assert options.epochs is not None
     assert options.batch_size is not None
     torch.manual_seed(seed)
@@ -108,7 +113,8 @@ def train(
                 rate = rate_at((epoch - 1) * steps + step, options.epochs * steps, options)
                 for group in optimizer.param_groups:
                     group["lr"] = rate
-                chosen = batches[step]
+                part = workers.share(batches[step])
+                chosen = part.rows
                 batch = torch.from_numpy(model.batch(data.take(chosen))).to(device, non_blocking=True)
                 target = torch.from_numpy(labels[chosen]).to(device, non_blocking=True)
                 wanted = target
@@ -116,19 +122,21 @@ def train(
                     wanted = torch.from_numpy(objective.targets[chosen]).to(device, non_blocking=True)
                 logits, loss = forward(batch, wanted)
                 optimizer.zero_grad(set_to_none=True)
-                torch.autograd.backward(scaler.scale(loss))
+                torch.autograd.backward(scaler.scale(loss if part.weight == 1 else loss * part.weight))
+                with torch.no_grad():
+                    right = (logits.argmax(1) == target)[: part.counted].sum()
+                    sums = torch.stack([loss * part.counted, right.to(loss.dtype)])
+                workers.combine(model, sums)
                 if options.clip_norm:
                     scaler.unscale_(optimizer)
                     torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip_norm, foreach=True)
                 scaler.step(optimizer)
                 scaler.update()
-                with torch.no_grad():
-                    right = (logits.argmax(1) == target).sum()
-                    at.totals += torch.stack([loss * len(chosen), right.to(loss.dtype)])
-                seen += len(chosen)
+                at.totals += sums
+                seen += len(batches[step])
                 recent.append((step + 1, rate, loss.detach()))
                 now = time.monotonic()
-                if step + 1 == steps or now - reported > REPORT_EVERY_S:
+                if step + 1 == steps or workers.is_read_due(step, now - reported, REPORT_EVERY_S):
                     mean_loss, accuracy = _read(at, seen, recent, options)
                     recent.clear()
                     reported = now = time.monotonic()
@@ -139,7 +147,8 @@ def train(
                     on_progress(Progress(*at_step, mean_loss, accuracy, texts_per_s, left_s))
             validation_loss = validation_accuracy = None
             if validation is not None:
-                validation_loss, validation_accuracy = _validate(model, *validation, device)
+                validation_loss, validation_accuracy = workers.first(partial(_validate, model, *validation, device))
+                model.train()
             seconds = at.seconds + time.monotonic() - started
             padding = padding_share(lengths, batches) if model.pads_texts else 0.0
             of_validation = (validation_loss, validation_accuracy)
@@ -218,9 +227,8 @@ def predict(model: TextModel, data: Encoded, device: torch.device) -> NDArray[np
 
 
 def _validate(model: TextModel, data: Encoded, labels: NDArray[np.int64], device: torch.device) -> tuple[float, float]:
-    """Return mean loss and accuracy on the validation split, and go back to training."""
+    """Return mean loss and accuracy on the validation split."""
     probability = predict(model, data, device)
-    model.train()
     of_truth = probability[np.arange(len(labels)), labels]
     return float(-np.log(np.maximum(of_truth, 1e-30)).mean()), float((probability.argmax(1) == labels).mean())
 

@@ -1,0 +1,112 @@
+"""Several workers with Ray Train, on the processor by gloo: real processes, of which none is left."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from millpond.learn.export import read_model
+from millpond.learn.options import TrainingError
+from millpond.learn.workers import train_on_workers
+
+from .conftest import make_rows, write_jsonl
+from .test_parallel import how
+
+SIZES = ["--option", "min_count=1", "--option", "embedding=8", "--option", "filters=8"]
+STILL = ["--option", "dropout=0", "--option", "embedding_dropout=0"]
+GONE_S = 30.0
+
+
+def command(data: Path, out: Path, *more: object) -> list[str]:
+    common = ["--model", "seqcnn", *SIZES, "--file", data, "--device", "cpu", "--out", out, *more]
+    return [sys.executable, "-m", "millpond", "learn", "train", *map(str, common)]
+
+
+@contextmanager
+def training(data: Path, out: Path) -> Iterator[subprocess.Popen[str]]:
+    """Start a training by two workers that would not end soon; it has a checkpoint, and leaves no process."""
+    environ = os.environ | {"MILLPOND_LEARN_CHECKPOINT_S": "0.05"}
+    endless = command(data, out, "--gpus", 2, "--batch-size", 8, "--epochs", 2000)
+    process = subprocess.Popen(endless, env=environ, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 150
+    while not list(out.glob("checkpoints/*.safetensors")):
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        time.sleep(0.01)
+    started = psutil.Process(process.pid).children(recursive=True)
+    assert any("raylet" in child.name() for child in started)
+    yield process
+    _, alive = psutil.wait_procs(started, timeout=GONE_S)
+    assert not alive
+
+
+def _train_workers(of: int) -> list[psutil.Process]:
+    below = psutil.Process(of).children(recursive=True)
+    return [process for process in below if "RayTrainWorker" in " ".join(process.cmdline())]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_two_workers_come_to_what_one_comes_to_at_twice_their_batch(tmp_path: Path) -> None:
+    """The last batch of 303 rows is of one: one worker has a row, and the other none."""
+    data = write_jsonl(tmp_path / "reviews.jsonl", make_rows(399))
+    runs = []
+    for workers in (1, 2):
+        out = tmp_path / f"run{workers}"
+        full = command(data, out, *STILL, "--gpus", workers, "--batch-size", 151, "--epochs", 2, "--json")
+        done = subprocess.run(full, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+        runs.append((json.loads(done.stdout), read_model(out / "model")[0].state_dict()))
+    (alone, weights), (shared, shared_weights) = runs
+    assert alone["data"]["train_rows"] % 151 == 1
+    assert (alone["workers"], shared["workers"]) == (1, 2)
+    for ours, theirs in zip(shared["epochs"], alone["epochs"], strict=True):
+        for value in ("loss", "accuracy", "validation_loss", "validation_accuracy", "learning_rate"):
+            assert ours[value] == pytest.approx(theirs[value], rel=1e-5)
+    assert shared["test"]["log_loss"] == pytest.approx(alone["test"]["log_loss"], rel=1e-5)
+    for name, weight in weights.items():
+        torch.testing.assert_close(shared_weights[name], weight, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_worker_that_dies_ends_the_training_and_keeps_the_checkpoint(tmp_path: Path) -> None:
+    data, out = write_jsonl(tmp_path / "reviews.jsonl", make_rows(300)), tmp_path / "run"
+    with training(data, out) as process:
+        _train_workers(process.pid)[-1].kill()
+        _, told = process.communicate(timeout=60)
+        assert process.returncode == 2
+        assert "a worker ended before the training did" in " ".join(told.split())
+        assert "Traceback" not in told
+    assert list(out.glob("checkpoints/*.safetensors"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_ctrl_c_ends_all_workers_and_keeps_the_checkpoint(tmp_path: Path) -> None:
+    data, out = write_jsonl(tmp_path / "reviews.jsonl", make_rows(300)), tmp_path / "run"
+    with training(data, out) as process:
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=60)
+        assert process.returncode == 130, told
+        assert "Traceback" not in told
+    assert list(out.glob("checkpoints/*.safetensors"))
+
+
+def test_gpus_that_are_not_here_are_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, nothing = torch.nn.Linear(1, 1), None
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for device, told in (("cuda", "there are 1 GPUs here, not 2"), ("meta", "--gpus needs GPUs of this machine")):
+        with pytest.raises(TrainingError, match=told):
+            train_on_workers(2, model, nothing, nothing, None, how(8), torch.device(device), seed=0)  # type: ignore[arg-type]
