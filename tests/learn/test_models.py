@@ -16,7 +16,7 @@ from millpond.edge.engine import Engine
 from millpond.learn.datasets import Dataset
 from millpond.learn.encoded import Encoded
 from millpond.learn.export import ExportError, build_graph, read_model, write_model
-from millpond.learn.models import ModelError, TextModel, build, options_of
+from millpond.learn.models import ModelError, TextModel, build, options_of, seqcnn
 from millpond.learn.options import TrainOptions
 from millpond.learn.train import complete, predict, train
 from millpond.registry import Lineage, generate_key_pair, parse_config, sign, verify
@@ -130,6 +130,23 @@ def test_embeddings_of_seqcnn_start_with_the_log_count_ratio(small: Dataset) -> 
         first = model.state_dict()["embedding.weight"][:, 0]
         great, awful = (float(first[encoder.encode([word])[0][0]]) for word in ("great", "awful"))
         assert (great > 1 and awful < -1) == told
+
+
+def test_the_windows_of_the_maxima_give_seqcnn_the_gradient_of_the_whole_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts of one word and of many, and one that fills its batch: values and gradients agree."""
+    torch.manual_seed(0)
+    model = build("seqcnn", options_of("seqcnn", SMALL["seqcnn"]), 50, 3)
+    ids = torch.randint(1, 50, (4, 9), dtype=torch.int32)
+    ids[0, 1:], ids[1, 5:] = 0, 0
+    found = []
+    for few in (seqcnn.FEW_FILTERS, 0):
+        monkeypatch.setattr(seqcnn, "FEW_FILTERS", few)
+        model.zero_grad(set_to_none=True)
+        logits = model(ids, len(ids))
+        torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1, 2, 1])).backward()
+        found.append([logits.detach(), *(parameter.grad for parameter in model.parameters())])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
+    assert found[0][1].abs().sum() > 0  # of the embedding
 
 
 def test_untrained_ngram_is_naive_bayes(small: Dataset) -> None:

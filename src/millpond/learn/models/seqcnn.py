@@ -3,7 +3,7 @@
 Johnson and Zhang, "Effective Use of Word Order", 2014, in the form of the MLPerf Training sentiment reference
 (embedding 1024, widths 3 and 4, 1024 filters each).
 
-Shape suffixes: B texts, L words of the longest, E embedding, F filters, C labels.
+Shape suffixes: B texts, L words of the longest, E embedding, F filters, W words of a window, C labels.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ WIDTHS = (3, 4)
 """Words under each convolution, as in the reference."""
 PRIOR_SMOOTHING = 8.0
 """Added to each count before the ratio is taken, as in the n-gram model."""
+FEW_FILTERS = 512
+"""Up to so many, a CPU learns from the windows of the maxima alone; beyond, these would be larger than the texts."""
 
 
 class SeqCnnOptions(VocabularyOptions, frozen=True, kw_only=True):
@@ -57,6 +59,7 @@ class SeqCnn(TextModel):
     def __init__(self, options: SeqCnnOptions, rows: int, labels: int) -> None:
         super().__init__()
         self.columns = 1 if labels == 2 else labels
+        self.filters = options.filters
         self.floats_per_id = options.embedding + options.filters * len(WIDTHS)
         self.embedding = nn.Embedding(rows, options.embedding, padding_idx=0)
         self.convolutions = nn.ModuleList(nn.Conv1d(options.embedding, options.filters, width) for width in WIDTHS)
@@ -83,15 +86,15 @@ class SeqCnn(TextModel):
     def forward(self, batch: Tensor, texts: int) -> Tensor:
         """Return logits [texts, labels] of a batch."""
         id_BL = batch.long()
-        x_BEL = self.embedding_dropout(self.embedding(id_BL)).transpose(1, 2)
-        ended_B1L = (id_BL == 0).unsqueeze(1)
-        pooled = []
-        for width, convolution in zip(WIDTHS, self.convolutions, strict=True):
-            # One value a word, the window around it as in the reference (context_start = -width // 2).
-            y_BFL = convolution(functional.pad(x_BEL, (width // 2, (width - 1) // 2)))
-            # ELU is monotone, so it may follow the maximum: it then costs a row, not a text. `max` also knows where it
-            # was, which makes its gradient cheaper than that of `amax`: a sixth of a step on the CPU.
-            pooled.append(functional.elu(y_BFL.masked_fill(ended_B1L, -torch.inf).max(2).values))
+        x_BLE = self.embedding_dropout(self.embedding(id_BL))
+        ended_BL = id_BL == 0
+        by_windows = torch.is_grad_enabled() and x_BLE.device.type == "cpu" and self.filters <= FEW_FILTERS
+        highest = _highest_by_windows if by_windows else _highest
+        # ELU is monotone, so it may follow the maximum: it then costs a row, not a text.
+        pooled = [
+            functional.elu(highest(x_BLE, ended_BL, convolution, width))
+            for width, convolution in zip(WIDTHS, self.convolutions, strict=True)
+        ]
         logits_BC: Tensor = self.linear(self.dropout(torch.cat(pooled, 1)))
         return logits_BC
 
@@ -128,3 +131,36 @@ class SeqCnn(TextModel):
             make("Gemm", ["features", "linear.weight", "linear.bias"], ["logits"], transB=1),
         ]
         return nodes, constants
+
+
+def _convolved(x_BLE: Tensor, ended_BL: Tensor, convolution: nn.Module, width: int) -> Tensor:
+    """Return one value a word and filter [B, F, L], lowest where the text has ended."""
+    y_BFL: Tensor = convolution(_padded(x_BLE, width).transpose(1, 2))
+    return y_BFL.masked_fill(ended_BL.unsqueeze(1), -torch.inf)
+
+
+def _highest(x_BLE: Tensor, ended_BL: Tensor, convolution: nn.Module, width: int) -> Tensor:
+    """Return the maximum over time [B, F]."""
+    # `max` also knows where it was, which makes its gradient cheaper than that of `amax`.
+    return _convolved(x_BLE, ended_BL, convolution, width).max(2).values
+
+
+def _highest_by_windows(x_BLE: Tensor, ended_BL: Tensor, convolution: nn.Module, width: int) -> Tensor:
+    """Return the same, with a gradient that costs a sixth: only the window of each maximum has one.
+
+    The places are looked for without a gradient; the windows there are multiplied once more, with one.
+    """
+    with torch.no_grad():
+        at_BF = _convolved(x_BLE, ended_BL, convolution, width).argmax(2)
+    padded_BLE = _padded(x_BLE, width)
+    texts, length, size = padded_BLE.shape
+    first_B11 = (torch.arange(texts) * length).view(-1, 1, 1)
+    row_BFW = first_B11 + at_BF.unsqueeze(2) + torch.arange(width)
+    window_BFWE = padded_BLE.flatten(0, 1).index_select(0, row_BFW.flatten()).view(*row_BFW.shape, size)
+    weight_FEW, bias_F = convolution.parameters()
+    return (window_BFWE * weight_FEW.transpose(1, 2)).sum((2, 3)) + bias_F
+
+
+def _padded(x_BLE: Tensor, width: int) -> Tensor:
+    """Return the words with room for the windows at both ends (context_start = -width // 2, as in the reference)."""
+    return functional.pad(x_BLE, (0, 0, width // 2, (width - 1) // 2))
