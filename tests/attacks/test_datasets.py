@@ -21,15 +21,19 @@ from hypothesis import strategies as st
 from millpond import MillpondError
 from millpond.learn import corpora
 from millpond.learn.datasets import DataError, Dataset, from_rows
+from millpond.learn.export import read_model
 from millpond.learn.fit import Stopwatch, answer, fit
 from millpond.learn.gather import read_files
 from millpond.learn.options import TrainOptions
-from millpond.learn.recipes import DataTable, ModelTable, Recipe, read_recipe
+from millpond.learn.recipes import DataTable, ModelTable, Recipe, hold_back, read_recipe
+from millpond.learn.run import run
+from millpond.settings import LearnSettings
 
 CPU = torch.device("cpu")
 OPTIONS = {
     "ngram": {"buckets": 1024, "min_count": 1},
     "seqcnn": {"embedding": 8, "filters": 8, "min_count": 1},
+    "lstm": {"embedding": 8, "width": 8, "hidden": 8, "min_count": 1, "max_words": 64},
 }
 
 
@@ -66,7 +70,7 @@ ODD = [
 ]
 
 
-@pytest.mark.parametrize("architecture", ["ngram", "seqcnn"])
+@pytest.mark.parametrize("architecture", OPTIONS)
 def test_odd_texts_train_and_are_answered(architecture: str) -> None:
     rows = [(text, "ab"[i % 2]) for i, text in enumerate(ODD * 2)]
     answers = train_on(from_rows("odd", {"train": rows, "test": rows}), architecture)
@@ -112,6 +116,25 @@ def test_two_rows_without_test_rows_are_refused_as_none_can_be_set_aside(tmp_pat
         read_files("d", tmp_path / "d.csv")
 
 
+def test_odd_texts_go_through_a_whole_run_and_into_its_report(tmp_path: Path) -> None:
+    """The test rows have the labels of training the wrong way round, so that the odd texts are the mistakes shown."""
+    odd = [text for text in ODD if text != "\ud800" and len(text) <= 100_000]
+    for name, labels in (("train", "ab"), ("test", "ba")):
+        rows = [(text, labels[i % 2]) for i, text in enumerate(odd)]
+        lines = [json.dumps({"text": text, "label": label}) + "\n" for text, label in rows]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    data = {"file": str(tmp_path / "train.jsonl"), "test_file": str(tmp_path / "test.jsonl")}
+    training = {"epochs": 30, "learning_rate": 0.05}
+    recipe = read_recipe(None, {"data": data, "model": {"options": OPTIONS["ngram"]}, "training": training})
+    where = tmp_path / "run"
+    run(recipe, LearnSettings(home=tmp_path), device="cpu", name="odd", out=where, report=lambda at: None)
+    mistakes = [json.loads(line)["text"] for line in (where / "mistakes.jsonl").read_bytes().splitlines()]
+    assert {"🙂", "a\x00b", "\u202eright to left"} <= set(mistakes)
+    assert max(map(len, mistakes)) == 500
+    assert "🙂" in (where / "report.html").read_text(encoding="utf-8")
+    read_model(where / "model")
+
+
 @pytest.mark.slow
 def test_a_thousand_classes_train() -> None:
     rows = [(f"word{i} and filler", f"class {i}") for i in range(1000)] * 2
@@ -126,6 +149,22 @@ def test_one_class_with_three_rows_is_learned_beside_a_large_one() -> None:
     dataset = from_rows("odd", {"train": rows, "test": rows})
     answers = train_on(dataset, "ngram", epochs=10)
     assert (answers.argmax(1) == dataset.test.labels).all()
+
+
+def test_one_class_with_three_rows_is_kept_to_train_on_when_test_and_validation_rows_are_set_aside(
+    tmp_path: Path,
+) -> None:
+    rows = [(f"plain text {i}", "many") for i in range(100)] + [(f"strange zebra {i}", "few") for i in range(3)]
+    path = tmp_path / "d.csv"
+    path.write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in rows))
+    for seed in range(10):
+        dataset = read_files("d", path, seed=seed)
+        assert dataset.labels == ["few", "many"]
+        learned, held = hold_back(
+            Recipe(data=DataTable(file="d.csv"), seed=seed, validation=0.5), dataset, dataset.train
+        )
+        assert held is not None
+        assert set(learned.labels.tolist()) == {0, 1}
 
 
 @settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -183,6 +222,16 @@ def test_numbers_as_text_are_bad_rows_not_texts(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2, 3], "label": [0, 1, 0]}), tmp_path / "d.parquet")
     with pytest.raises(DataError, match="not a string"):
         read_files("d", tmp_path / "d.parquet")
+
+
+def test_a_text_of_parquet_that_is_not_utf_8_is_a_bad_row_and_the_others_are_read(tmp_path: Path) -> None:
+    """Arrow does not look into the strings that it reads."""
+    raw = [b"good", b"bad", b"caf\xe9", b"fine", b"poor"]
+    texts = pyarrow.array(raw, pyarrow.binary()).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts, "label": [0, 1, 0, 0, 1]}), tmp_path / "d.parquet")
+    dataset = read_files("d", tmp_path / "d.parquet")
+    assert dataset.bad_rows.first == [("d.parquet row 3", "not UTF-8: byte 0xe9 at 4")]
+    assert sorted([*dataset.train.texts, *dataset.test.texts]) == ["bad", "fine", "good", "poor"]
 
 
 def test_a_parquet_file_cut_short_is_refused(tmp_path: Path) -> None:

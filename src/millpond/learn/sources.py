@@ -201,12 +201,26 @@ def _read_parquet(path: Path, columns: Columns) -> Iterator[Raw]:
             _require_columns(str(path), file.schema_arrow.names, columns)
             number = 0
             for batch in file.iter_batches(ROWS_AT_ONCE, columns=columns.wanted):
-                found = batch.to_pydict()
-                for values in zip(*(found[name] for name in columns.wanted), strict=True):
+                for values in zip(*(_values(batch.column(name)) for name in columns.wanted), strict=True):
                     number += 1
                     yield f"{path.name} row {number}", values[0], values[1], values[2] if columns.split else None
     except pyarrow.ArrowException as error:
         raise DataError(f"{path} cannot be read as Parquet: {error}") from error
+
+
+def _values(column: Any) -> list[Any]:
+    """Return the values of a column of Arrow's, a `BadRow` in the place of each text that is not UTF-8."""
+    try:
+        return list(column.to_pylist())
+    except UnicodeDecodeError:
+        return [_value(scalar) for scalar in column]
+
+
+def _value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError as error:
+        return _undecodable(error)
 
 
 _READERS = {".csv": _read_csv, ".tsv": _read_csv, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
@@ -269,7 +283,11 @@ def _decoded(raw: bytes) -> str | BadRow:
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        return BadRow(f"not UTF-8: byte 0x{error.object[error.start]:02x} at {error.start + 1}")
+        return _undecodable(error)
+
+
+def _undecodable(error: UnicodeDecodeError) -> BadRow:
+    return BadRow(f"not UTF-8: byte 0x{error.object[error.start]:02x} at {error.start + 1}")
 
 
 # --- a query -----------------------------------------------------------------------------------------------------
