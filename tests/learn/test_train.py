@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -269,6 +271,33 @@ def test_a_compiled_step_learns_the_same_and_one_that_cannot_be_compiled_says_so
     monkeypatch.setattr(torch, "compile", lambda function: compiler(function, backend=no_compiler))
     with pytest.raises(TrainingError, match=r"no C\+\+ compiler.*Train without --compile"):
         train(model, data, small.train.labels, None, options(compile=True), CPU, seed=0)
+
+
+COMPILED = """
+import numpy as np, torch
+from millpond.learn.encoded import Encoded
+from millpond.learn.models import build, options_of
+from millpond.learn.train import TrainOptions, train
+torch.set_num_threads(2)
+options = options_of("seqcnn", {"min_count": 1})
+rng = np.random.default_rng(0)
+labels = np.arange(64) % 2
+texts = [" ".join(f"w{word}" for word in rng.integers(20 * label, 20 * label + 30, 307)) for label in labels]
+encoder = options.learn_encoder(texts)
+model = build("seqcnn", options, encoder.rows, 2)
+how = TrainOptions(epochs=4, batch_size=32, learning_rate=0.01, compile=True)
+print(train(model, Encoded.of(encoder, texts), labels, None, how, torch.device("cpu"), seed=0).epochs[-1].accuracy)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_seqcnn_at_its_own_size_learns_compiled_on_two_threads() -> None:
+    """In a process of its own: Inductor's gradient of an embedding behind dropout and a transpose ends it (log.md)."""
+    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert float(done.stdout) > 0.95
 
 
 def test_a_model_that_pads_nothing_has_no_padding(small: Dataset) -> None:
