@@ -132,6 +132,15 @@ def test_embeddings_of_seqcnn_start_with_the_log_count_ratio(small: Dataset) -> 
         assert (great > 1 and awful < -1) == told
 
 
+@pytest.mark.parametrize(("texts", "known"), [(20, 2), (450, 3), (1500, 10), (60_000, 150)])
+def test_seqcnn_knows_words_by_how_many_texts_there_are(texts: int, known: int) -> None:
+    """One text has a word `known` times, and another once less."""
+    some = [("often " * known + "seldom " * (known - 1)).strip(), *[""] * (texts - 1)]
+    for option, words in (({}, ["often"]), ({"min_count": 1}, ["often", "seldom"])):
+        encoder = options_of("seqcnn", option).learn_encoder(some)
+        assert sorted(json.loads(encoder.tokenizer_json)["model"]["vocab"].keys() - {"[UNK]"}) == words
+
+
 def test_the_windows_of_the_maxima_give_seqcnn_the_gradient_of_the_whole_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Texts of one word and of many, and one that fills its batch: values and gradients agree."""
     torch.manual_seed(0)
@@ -143,7 +152,7 @@ def test_the_windows_of_the_maxima_give_seqcnn_the_gradient_of_the_whole_texts(m
         monkeypatch.setattr(seqcnn, "FEW_FILTERS", few)
         model.zero_grad(set_to_none=True)
         logits = model(ids, len(ids))
-        torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1, 2, 1])).backward()
+        torch.autograd.backward(torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1, 2, 1])))
         found.append([logits.detach(), *(parameter.grad for parameter in model.parameters())])
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
     assert found[0][1].abs().sum() > 0  # of the embedding

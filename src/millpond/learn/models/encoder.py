@@ -12,7 +12,7 @@ import copy
 import json
 import logging
 import warnings
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -50,7 +50,7 @@ class EncoderOptions(ModelOptions, frozen=True, kw_only=True):
         """Return how texts become ids for this model."""
         return TextConfig(features="pieces", max_words=self.max_words)
 
-    def learn_encoder(self, texts: Iterable[str]) -> TextEncoder:
+    def learn_encoder(self, texts: Sequence[str]) -> TextEncoder:
         """Return an encoder with the tokenizer that belongs to the weights.
 
         Raises:

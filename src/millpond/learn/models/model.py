@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Annotated, Self
 
 import msgspec
@@ -32,7 +32,7 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         """Return how texts become ids for this model."""
         raise NotImplementedError
 
-    def learn_encoder(self, texts: Iterable[str]) -> TextEncoder:
+    def learn_encoder(self, texts: Sequence[str]) -> TextEncoder:
         """Return what turns texts into ids; `texts` are those to train on."""
         raise NotImplementedError
 
@@ -52,7 +52,7 @@ class VocabularyOptions(ModelOptions, frozen=True, kw_only=True):
     """Times a word must be seen in training to be known."""
     max_vocabulary: Annotated[int, Meta(ge=2)] = 100_000
 
-    def learn_encoder(self, texts: Iterable[str]) -> TextEncoder:
+    def learn_encoder(self, texts: Sequence[str]) -> TextEncoder:
         """Return an encoder with the vocabulary of `texts`."""
         return TextEncoder.learn(
             texts, self.text_config(), min_count=self.min_count, max_vocabulary=self.max_vocabulary

@@ -8,6 +8,7 @@ Shape suffixes: B texts, L words of the longest, E embedding, F filters, W words
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import numpy as np
@@ -21,12 +22,16 @@ from torch.nn import functional
 from millpond.learn.encoded import Encoded
 from millpond.learn.models.model import TextModel, VocabularyOptions
 from millpond.learn.models.ratio import log_count_ratio
-from millpond.text import TextConfig
+from millpond.text import TextConfig, TextEncoder
 
 WIDTHS = (3, 4)
 """Words under each convolution, as in the reference."""
 PRIOR_SMOOTHING = 8.0
 """Added to each count before the ratio is taken, as in the n-gram model."""
+TEXTS_A_COUNT = 150
+"""A word must be seen once in so many training texts, ..."""
+COUNTS = (2, 150)
+"""... and between so many times: a model that knows rare words learns names by heart (docs/log.md)."""
 FEW_FILTERS = 512
 """Up to so many, a CPU learns from the windows of the maxima alone; beyond, these would be larger than the texts."""
 
@@ -36,7 +41,8 @@ class SeqCnnOptions(VocabularyOptions, frozen=True, kw_only=True):
 
     embedding: Annotated[int, Meta(ge=1, le=8192)] = 64
     filters: Annotated[int, Meta(ge=1, le=8192)] = 96
-    min_count: Annotated[int, Meta(ge=1)] = 10
+    min_count: Annotated[int, Meta(ge=0)] = 0
+    """Times a word must be seen in training to be known; 0: as many as follow from the number of texts."""
     max_words: Annotated[int, Meta(ge=1, le=100_000)] = 512
     last_words: Annotated[int, Meta(ge=0, le=100_000)] = 128
     """How many of `max_words`, half of them at most, are the last words of a longer text."""
@@ -46,6 +52,12 @@ class SeqCnnOptions(VocabularyOptions, frozen=True, kw_only=True):
     """Of each number of a word's embedding."""
     prior: bool = True
     """Whether embeddings start with naive Bayes' log-count ratio of their word in the first numbers, not by chance."""
+
+    def learn_encoder(self, texts: Sequence[str]) -> TextEncoder:
+        """Return an encoder with the vocabulary of `texts`."""
+        least, most = COUNTS
+        min_count = self.min_count or min(max(len(texts) // TEXTS_A_COUNT, least), most)
+        return TextEncoder.learn(texts, self.text_config(), min_count=min_count, max_vocabulary=self.max_vocabulary)
 
     def text_config(self) -> TextConfig:
         """Return how texts become ids for this model."""
