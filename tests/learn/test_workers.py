@@ -18,10 +18,12 @@ import torch
 
 from millpond.learn.export import read_model
 from millpond.learn.options import TrainingError
-from millpond.learn.workers import train_on_workers
+from millpond.learn.recipes import read_recipe
+from millpond.learn.run import run
+from millpond.learn.workers import why_ended
+from millpond.settings import LearnSettings, load
 
 from .conftest import make_rows, write_jsonl
-from .test_parallel import how
 
 SIZES = ["--option", "min_count=1", "--option", "embedding=8", "--option", "filters=8"]
 STILL = ["--option", "dropout=0", "--option", "embedding_dropout=0"]
@@ -87,7 +89,7 @@ def test_a_worker_that_dies_ends_the_training_and_keeps_the_checkpoint(tmp_path:
         _train_workers(process.pid)[-1].kill()
         _, told = process.communicate(timeout=60)
         assert process.returncode == 2
-        assert "a worker ended before the training did" in " ".join(told.split())
+        assert "a worker ended before the training did: it was killed, or it crashed" in " ".join(told.split())
         assert "Traceback" not in told
     assert list(out.glob("checkpoints/*.safetensors"))
 
@@ -104,9 +106,23 @@ def test_ctrl_c_ends_all_workers_and_keeps_the_checkpoint(tmp_path: Path) -> Non
     assert list(out.glob("checkpoints/*.safetensors"))
 
 
-def test_gpus_that_are_not_here_are_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, nothing = torch.nn.Linear(1, 1), None
+def test_what_a_worker_raised_is_told_before_what_the_others_saw_of_it() -> None:
+    failure = RuntimeError("Training failed due to worker errors")
+    lost = RuntimeError("[gloo/pair.cc:537] Read error [127.0.0.1]:9639: Connection reset by peer.")
+    failure.worker_failures = {0: lost, 1: ValueError("Traceback\n  …\nValueError: the disk is full.")}  # type: ignore[attr-defined]
+    assert why_ended(failure) == "ValueError: the disk is full"
+    failure.worker_failures = {0: lost}  # type: ignore[attr-defined]
+    assert why_ended(failure).startswith("it was killed, or it crashed")
+    assert why_ended(OSError("no room")) == "no room"
+
+
+def test_gpus_that_are_not_here_are_told_of_before_any_row_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only --device cpu has the workers share the processor."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    for device, told in (("cuda", "there are 1 GPUs here, not 2"), ("meta", "--gpus needs GPUs of this machine")):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: None)
+    recipe = read_recipe(None, {"data": {"file": str(tmp_path / "none.csv")}})
+    for device, told in (("auto", "there are 1 GPUs"), ("cuda", "there are 1 GPUs"), ("meta", "needs GPUs of this")):
         with pytest.raises(TrainingError, match=told):
-            train_on_workers(2, model, nothing, nothing, None, how(8), torch.device(device), seed=0)  # type: ignore[arg-type]
+            run(recipe, load(LearnSettings), device=device, name="a", out=None, report=lambda at: None, workers=2)

@@ -20,6 +20,7 @@ from millpond.learn.datasets import DataError, Dataset, Split
 from millpond.learn.evaluate import Evaluation, evaluate
 from millpond.learn.export import read_model, write_model
 from millpond.learn.fit import Report, Stopwatch, Trained, answer, fit, pick_device, place_of
+from millpond.learn.options import TrainingError
 from millpond.learn.recipes import Recipe, load_data, shown_recipe, used_rows
 from millpond.learn.tracking import Tracker
 from millpond.registry import DataSource, Lineage
@@ -104,7 +105,7 @@ def run(
 
     Raises:
         DataError: the data cannot be used, or `out` is there already.
-        TrainingError: training cannot go on.
+        TrainingError: training cannot go on, or this machine has too few GPUs for the workers.
         CheckpointError: there is nothing to resume, or it is another training's, or the disk is full.
         ExportError: the exported graph does not answer as the model does.
     """
@@ -112,6 +113,12 @@ def run(
     directory = _directory(out, settings.home / "runs", f"{started:%Y%m%d-%H%M%S}-{recipe.model.architecture}", resume)
     set_threads(settings)
     on_device, place = pick_device(device), place_of(recipe, settings, device)
+    if workers > 1:
+        from millpond.learn.workers import check_workers
+
+        if recipe.training.framework == "paddle":
+            raise TrainingError("several workers train in torch only: leave --gpus out, or --framework paddle.")
+        check_workers(workers, torch.device("cuda") if device == "auto" and on_device.type == "cpu" else on_device)
     watch = Stopwatch()
     with watch.stage("data"):
         note = f"reading {recipe.data.source}"

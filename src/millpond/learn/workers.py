@@ -32,6 +32,8 @@ from millpond.learn.train import Objective, train
 GROUP_LIMIT_S = 1800
 """How long a worker waits for the others in one exchange: validation is within it."""
 LOOK_EVERY_S = 0.2
+MARKS_OF_A_LOST_ONE = ("Connection reset", "Connection closed", "actor died", "Worker unexpectedly exits", "OOM killer")
+"""In what is said of a worker that is gone, by the others or by Ray."""
 
 
 class _Told(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,13 +90,7 @@ def train_on_workers(
         CheckpointError: as `train`.
         RayError: Ray is not installed, or does not start.
     """
-    if device.type not in ("cpu", "cuda"):
-        raise TrainingError(f"--gpus needs GPUs of this machine, or --device cpu; {device} is neither.")
-    if device.type == "cuda" and (found := torch.cuda.device_count()) < count:
-        raise TrainingError(
-            f"there are {found} GPUs here, not {count}. Ask for fewer with --gpus, or share the processor among "
-            "workers with --device cpu."
-        )
+    check_workers(count, device)
     with local_ray(cpus=count + 1, gpus=count if device.type == "cuda" else 0) as directory:
         _put(directory, "train", data, labels)
         if validation is not None:
@@ -119,6 +115,21 @@ def train_on_workers(
         model.load_state_dict(safetensors.torch.load_file(directory / "weights.safetensors"))
     model.to(device).eval()
     return end.training
+
+
+def check_workers(count: int, device: torch.device) -> None:
+    """Refuse a number of workers for which this machine has not the devices.
+
+    Raises:
+        TrainingError: there are too few GPUs, or the device is another machine's.
+    """
+    if device.type not in ("cpu", "cuda"):
+        raise TrainingError(f"--gpus needs GPUs of this machine, or --device cpu; {device} is neither.")
+    if device.type == "cuda" and (found := torch.cuda.device_count()) < count:
+        raise TrainingError(
+            f"there are {found} GPUs here, not {count}. Ask for fewer with --gpus, or share the processor among "
+            "workers with --device cpu."
+        )
 
 
 def _follow(
@@ -149,11 +160,19 @@ def _follow(
             break
         running.join(LOOK_EVERY_S)
     if failures:
-        why = str(failures[0]).strip().splitlines()
         raise TrainingError(
-            f"a worker ended before the training did: {why[-1] if why else type(failures[0]).__name__}. With --resume "
-            "it goes on from the last checkpoint."
+            f"a worker ended before the training did: {why_ended(failures[0])}. With --resume it goes on from the last "
+            "checkpoint."
         ) from failures[0]
+
+
+def why_ended(failure: BaseException) -> str:
+    """Return why workers ended, in a line: what one of them raised, or that one was killed."""
+    by_worker: dict[int, BaseException] = getattr(failure, "worker_failures", {}) or {0: failure}
+    said = [(str(error).strip().splitlines() or [type(error).__name__])[-1].rstrip(".") for error in by_worker.values()]
+    # Whoever lives when another is gone only knows that its connection broke, and may tell so first.
+    own = [line for line in said if not any(mark in line for mark in MARKS_OF_A_LOST_ONE)]
+    return own[0] if own else "it was killed, or it crashed (dmesg tells whether the kernel had no memory left)"
 
 
 def _fit(task: _Task, count: int) -> None:
