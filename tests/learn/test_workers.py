@@ -126,3 +126,10 @@ def test_gpus_that_are_not_here_are_told_of_before_any_row_is_read(
     for device, told in (("auto", "there are 1 GPUs"), ("cuda", "there are 1 GPUs"), ("meta", "needs GPUs of this")):
         with pytest.raises(TrainingError, match=told):
             run(recipe, load(LearnSettings), device=device, name="a", out=None, report=lambda at: None, workers=2)
+
+
+def test_several_workers_do_not_train_in_paddle(tmp_path: Path) -> None:
+    data = {"file": str(tmp_path / "none.csv")}
+    recipe = read_recipe(None, {"data": data, "model": {"architecture": "seqcnn"}, "training": {"framework": "paddle"}})
+    with pytest.raises(TrainingError, match="in torch only"):
+        run(recipe, load(LearnSettings), device="cpu", name="a", out=None, report=lambda at: None, workers=2)
