@@ -372,6 +372,14 @@ class _Bar:
     def __exit__(self, *exc_info: object) -> None:
         self._bar.stop()
 
+    def hide(self) -> None:
+        """Make room on the terminal for something else, until `show`."""
+        self._bar.stop()
+
+    def show(self) -> None:
+        """Be seen again."""
+        self._bar.start()
+
     def _report(self, at: JobProgress) -> None:
         shown = at.note if at.loss is None else f"loss {at.loss:.4f}  accuracy {at.accuracy or 0:.2%}  {at.note}"
         if not self._bar.disable:
@@ -550,3 +558,6 @@ def _show_evaluation(evaluation: Evaluation, dataset: Dataset) -> None:
         f"macro F1 {evaluation.macro_f1:.4f}, log loss {evaluation.log_loss:.4f}, "
         f"calibration error {evaluation.calibration_error:.4f}"
     )
+
+
+from millpond.cli import tune as _tune  # noqa: E402, F401  (it adds its command to `app`)

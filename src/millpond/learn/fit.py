@@ -34,6 +34,8 @@ from millpond.text import TextEncoder
 
 Report = Callable[[JobProgress], None]
 """Told where a run is: the command line draws a bar, a job appends to progress.jsonl."""
+Encode = Callable[[ModelOptions, Split, Split | None], tuple[TextEncoder, Encoded, Encoded | None]]
+"""As `encode_splits`; trials of a search share what it returns."""
 
 
 @dataclass
@@ -96,6 +98,14 @@ def place_of(recipe: Recipe, settings: LearnSettings, device: str) -> Place:
     return place
 
 
+def encode_splits(
+    options: ModelOptions, learned: Split, held: Split | None
+) -> tuple[TextEncoder, Encoded, Encoded | None]:
+    """Return what turns texts into ids, learned from the rows to learn from, and the ids of both splits."""
+    encoder = options.learn_encoder(learned.texts)
+    return encoder, Encoded.of(encoder, learned.texts), Encoded.of(encoder, held.texts) if held else None
+
+
 def fit(
     recipe: Recipe,
     dataset: Dataset,
@@ -109,6 +119,7 @@ def fit(
     keep: Callable[[Fingerprint], Checkpoints] | None = None,
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
     workers: int = 1,
+    encode: Encode = encode_splits,
 ) -> Trained:
     """Train the recipe's model on the rows `used`; `keep` says where the checkpoints of this training are.
 
@@ -131,9 +142,8 @@ def fit(
             learned = lesson.split
     with watch.stage("encode"):
         report(JobProgress(stage="data", note=f"encoding {len(learned):,} texts"))
-        encoder = options.learn_encoder(learned.texts)
-        encoded = Encoded.of(encoder, learned.texts)
-        validation = (Encoded.of(encoder, held.texts), held.labels) if held else None
+        encoder, encoded, of_held = encode(options, learned, held)
+        validation = (of_held, held.labels) if held and of_held else None
         how = complete(recipe.training, architecture, len(learned))
         checkpoints = keep(_fingerprint(recipe, options, how, learned, held)) if keep else None
     with watch.stage("train"):
@@ -194,7 +204,7 @@ def _fingerprint(
 ) -> Fingerprint:
     """Return what a checkpoint is held against; where the data lies does not matter, only what it is."""
     table = msgspec.to_builtins(recipe)
-    del table["data"]
+    del table["data"], table["tune"]
     table["model"]["options"] = msgspec.to_builtins(options)
     table["training"] = msgspec.to_builtins(how)
     return Fingerprint(recipe=table, train=split_digest(learned), validation=split_digest(held) if held else None)

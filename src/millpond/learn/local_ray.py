@@ -33,6 +33,8 @@ ENVIRONMENT = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is ours
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
+TOKEN = secrets.token_hex(32)
+"""What this program's clusters ask for; Ray keeps the first one that it has seen for as long as the program runs."""
 
 
 class RayError(MillpondError):
@@ -46,7 +48,7 @@ def local_ray(*, cpus: int, gpus: int = 0) -> Iterator[Path]:
     Raises:
         RayError: it is not installed, or does not start.
     """
-    os.environ.update(ENVIRONMENT | {"RAY_AUTH_TOKEN": secrets.token_hex(32)})  # its import reads them
+    os.environ.update(ENVIRONMENT | {"RAY_AUTH_TOKEN": TOKEN})  # its import reads them
     os.environ.pop("RAY_ADDRESS", None)
     try:
         import ray
@@ -76,7 +78,8 @@ def local_ray(*, cpus: int, gpus: int = 0) -> Iterator[Path]:
                     _temp_dir=directory,
                 )
             except (RuntimeError, OSError, ValueError, TimeoutError) as error:
-                raise RayError(f"Ray does not start: {str(error).strip() or type(error).__name__}") from error
+                why = str(error).strip().partition("\n")[0] or type(error).__name__
+                raise RayError(f"Ray does not start: {why}") from error
             try:
                 yield Path(directory)
             finally:

@@ -18,6 +18,7 @@ from millpond.learn.options import TrainOptions
 from millpond.learn.paddle.messages import Architecture
 from millpond.learn.prepared import PreparedSets
 from millpond.learn.sources import is_url, shown
+from millpond.learn.tune.space import TuneTable
 from millpond.settings import LearnSettings
 
 MAX_RECIPE_BYTES = 64 * 1024
@@ -80,6 +81,8 @@ class Recipe(_Table, frozen=True, kw_only=True):
     model: ModelTable = ModelTable()
     training: TrainOptions = TrainOptions()
     distil: DistilTable | None = None
+    tune: TuneTable | None = None
+    """How `millpond learn tune` searches; training does not look at it."""
     seed: int = 0
     train_rows: Annotated[int, Meta(ge=2)] | None = None
     """How many rows of the training split are used, first in a seeded order; None: all. The others are untouched."""

@@ -50,7 +50,7 @@ class Run:
     def options(self) -> dict[str, Any]:
         """Return every option that the model depends on, by dotted name, with what was filled in."""
         table = msgspec.to_builtins(self.recipe)
-        del table["data"]
+        del table["data"], table["tune"]
         table["model"]["options"] = msgspec.to_builtins(self.trained.options)
         table["training"] = msgspec.to_builtins(self.trained.how)
         return dotted(table)

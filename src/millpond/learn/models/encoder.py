@@ -62,6 +62,10 @@ class EncoderOptions(ModelOptions, frozen=True, kw_only=True):
         except (OSError, UnicodeDecodeError, TextError) as error:
             raise ModelError(f"{path} cannot be used: {error}") from error
 
+    def encoding(self) -> dict[str, Any]:
+        """Return what `learn_encoder` depends on."""
+        return {"pretrained": self.pretrained, "max_words": self.max_words}
+
     def resolved(self) -> Self:
         """Return the options with the encoder's config.json in them.
 

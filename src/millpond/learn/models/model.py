@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 import msgspec
 import numpy as np
@@ -36,6 +36,10 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         """Return what turns texts into ids; `texts` are those to train on."""
         raise NotImplementedError
 
+    def encoding(self) -> dict[str, Any]:
+        """Return what `learn_encoder` depends on: options equal in it share their encoded texts in a search."""
+        return msgspec.structs.asdict(self)
+
     def resolved(self) -> Self:
         """Return the options with what they only name looked up, so that config.json holds all of the model.
 
@@ -57,6 +61,11 @@ class VocabularyOptions(ModelOptions, frozen=True, kw_only=True):
         return TextEncoder.learn(
             texts, self.text_config(), min_count=self.min_count, max_vocabulary=self.max_vocabulary
         )
+
+    def encoding(self) -> dict[str, Any]:
+        """Return what `learn_encoder` depends on."""
+        counts = {"min_count": self.min_count, "max_vocabulary": self.max_vocabulary}
+        return msgspec.structs.asdict(self.text_config()) | counts
 
 
 ONNX_OPSET = 21

@@ -1,0 +1,1 @@
+"""Tuning: a search for the options that a model learns best with."""

@@ -1,0 +1,66 @@
+"""The keeper: whatever ends a program, nothing that it started is left, nor its directory."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+PROGRAM = """
+import subprocess, sys, time
+keeper = subprocess.Popen(
+    [sys.executable, "-m", "millpond.learn.keeper", sys.argv[1]], stdin=subprocess.PIPE, start_new_session=True
+)
+# A grandchild in a session of its own, whose parent goes: none of ours any more, but for the keeper.
+child = subprocess.Popen(["sh", "-c", "setsid sleep 1000 & echo $!; sleep 1000"], stdout=subprocess.PIPE)
+print(keeper.pid, child.pid, int(child.stdout.readline()), flush=True)
+time.sleep(1000)
+"""
+
+
+def wait_until(is_so: Callable[[], bool], within_s: float = 30.0) -> None:
+    deadline = time.monotonic() + within_s
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT])
+def test_what_a_program_started_ends_with_it(ending: signal.Signals, tmp_path: Path) -> None:
+    directory = tmp_path / "scratch"
+    (directory / "inner").mkdir(parents=True)
+    program = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(directory)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=os.environ,
+    )
+    with program:
+        assert program.stdout is not None
+        keeper, child, grandchild = map(int, program.stdout.readline().split())
+        try:
+            # The keeper has looked once more after all of them were there.
+            looked = psutil.Process(keeper).num_ctx_switches().voluntary
+            wait_until(lambda: psutil.Process(keeper).num_ctx_switches().voluntary >= looked + 3)
+            program.send_signal(ending)
+            program.wait(30)
+            wait_until(lambda: not any(map(is_alive, (keeper, child, grandchild))))
+            assert not directory.exists()
+        finally:
+            for pid in (program.pid, child, grandchild):
+                if is_alive(pid):
+                    os.kill(pid, signal.SIGKILL)
