@@ -69,7 +69,7 @@ def search(
         distributions,
         metric=OBJECTIVE,
         mode="min",
-        sampler=_sampler(table, seed + len(record.trials)),
+        sampler=sampler_of(table, seed + len(record.trials)),
         points_to_evaluate=first,
     )
     asha = ASHAScheduler(
@@ -98,7 +98,8 @@ def search(
         raise listener.error or TuneError(f"Ray Tune cannot go on: {error}. What is done stays: --resume.") from error
 
 
-def _sampler(table: TuneTable, seed: int) -> optuna.samplers.BaseSampler:
+def sampler_of(table: TuneTable, seed: int) -> optuna.samplers.BaseSampler:
+    """Return what chooses the values of trials."""
     if table.search == "random":
         return optuna.samplers.RandomSampler(seed=seed)
     return optuna.samplers.TPESampler(seed=seed, multivariate=True, n_startup_trials=STARTUP_TRIALS, constant_liar=True)
