@@ -86,7 +86,7 @@ SPACES: dict[str, dict[str, Range]] = {
         "filters": Range(choices=[32, 64, 96, 128, 192]),
         "dropout": Range(low=0.0, high=0.7),
         "embedding_dropout": Range(low=0.0, high=0.5),
-        "min_count": Range(choices=[2, 5, 10, 20]),
+        "min_count": Range(choices=[0, 10, 30, 75, 150]),
     },
     "lstm": {
         "learning_rate": Range(low=3e-4, high=1e-2, log=True),
