@@ -35,12 +35,12 @@ from ray.tune.schedulers import ASHAScheduler
 
 from millpond.learn.datasets import Dataset, Split
 from millpond.learn.fit import Encode, Stopwatch, fit
+from millpond.learn.options import TrainingError
+from millpond.learn.progress import Epoch
 from millpond.learn.recipes import DataTable, Recipe, hold_back, load_data, read_recipe, used_rows
-from millpond.learn.state import Epoch
-from millpond.learn.train import TrainingError
 from millpond.learn.tune.encodings import shared_encodings
 from millpond.learn.tune.search import FAILED, sampler_of
-from millpond.learn.tune.space import applied, distributions, space_of
+from millpond.learn.tune.space import applied, distributions, impatient, space_of
 from millpond.settings import LearnSettings, load
 
 RESULT = Path(__file__).parent / "results/tune.json"
@@ -113,7 +113,7 @@ def search(way: str, recipe: Recipe, data: Dataset, learned: Split, encode: Enco
 def compare(name: str, seed: int, data: Dataset) -> dict[str, Any]:
     """Search by both ways, on the same rows; return where each was when the first of them had used up its epochs."""
     given = RECIPES[name] | {"data": {"corpus": "imdb"}, "seed": seed, "train_rows": ROWS}
-    recipe = read_recipe(None, given | {"training": {"epochs": EPOCHS}})
+    recipe = impatient(read_recipe(None, given | {"training": {"epochs": EPOCHS}}))
     learned, held = hold_back(msgspec.structs.replace(recipe, validation=0.5), data, used_rows(recipe, data)[0])
     with tempfile.TemporaryDirectory() as shared:
         how = (recipe, replace(data, validation=held), learned, partial(shared_encodings, Path(shared)), seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ import msgspec
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from millpond.learn.datasets import DataError
+from millpond.learn.datasets import DataError, Dataset
 from millpond.learn.recipes import Recipe, read_recipe
-from millpond.learn.tune.space import SPACES, applied, distributions, fitting, space_of, start_of
+from millpond.learn.tune.space import PATIENCE, SPACES, applied, distributions, fitting, impatient, space_of, start_of
+from millpond.learn.tune.tuning import winning_recipe
 
 
 def recipe(model: str = "ngram", space: dict[str, Any] | None = None, **more: Any) -> Recipe:
@@ -53,6 +55,20 @@ def test_a_recipe_says_what_is_varied(tmp_path: Path) -> None:
 def test_what_the_recipe_sets_is_not_varied() -> None:
     fixed = recipe(model="ngram", training={"learning_rate": 0.02})
     assert space_of(fixed).keys() == SPACES["ngram"].keys() - {"learning_rate"}
+
+
+def test_a_trial_ends_when_it_gets_no_better_unless_the_recipe_says_otherwise() -> None:
+    assert impatient(recipe()).training.patience == PATIENCE
+    assert impatient(recipe(training={"patience": 0})).training.patience == 0
+
+
+def test_the_winner_learns_from_all_rows_for_as_long_as_was_best(small: Dataset) -> None:
+    searched = impatient(recipe(space={"smoothing": {"low": 1, "high": 2}}))
+    winner = winning_recipe(searched, small, {"smoothing": 1.5}, 2)
+    assert (winner.validation, winner.training.epochs, winner.training.patience) == (0.0, 2, 0)
+    assert (winner.model.options, winner.tune) == ({"smoothing": 1.5}, None)
+    own = winning_recipe(searched, replace(small, validation=small.test), {"smoothing": 1.5}, 2)
+    assert own.training == searched.training  # the data's own validation chooses
 
 
 def test_with_few_rows_the_size_of_a_batch_follows_from_them() -> None:

@@ -26,6 +26,8 @@ Value = int | float | str | bool
 Parameters = dict[str, Value]
 """One value for each name of a space."""
 MAX_CHOICES = 100
+PATIENCE = 2
+"""Epochs without a better validation loss after which a trial ends: ASHA stops who is worse, not who is done."""
 NOT_VARIED = {
     "epochs": "the search itself decides how many epochs a trial gets; `epochs` of [training] is the most",
     "config": "it belongs to `pretrained`",
@@ -206,6 +208,13 @@ def applied(recipe: Recipe, parameters: Mapping[str, Value]) -> Recipe:
     options_of(recipe.model.architecture, options)
     model = msgspec.structs.replace(recipe.model, options=options)
     return msgspec.structs.replace(recipe, training=how, model=model)
+
+
+def impatient(recipe: Recipe) -> Recipe:
+    """Return the recipe whose training ends once validation gets no better, unless it says itself when."""
+    if recipe.training.patience is not None:
+        return recipe
+    return msgspec.structs.replace(recipe, training=msgspec.structs.replace(recipe.training, patience=PATIENCE))
 
 
 def start_of(recipe: Recipe, space: Mapping[str, Range], rows: int) -> Parameters | None:

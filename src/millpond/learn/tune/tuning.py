@@ -25,7 +25,16 @@ from millpond.learn.run import CHECKPOINTS, Run, run
 from millpond.learn.train import complete
 from millpond.learn.tune.outcome import Outcome, outcome_of
 from millpond.learn.tune.record import FORMAT, NAME, Begun, Line, Record, TuneError
-from millpond.learn.tune.space import Parameters, TuneTable, applied, distributions, fitting, space_of, start_of
+from millpond.learn.tune.space import (
+    Parameters,
+    TuneTable,
+    applied,
+    distributions,
+    fitting,
+    impatient,
+    space_of,
+    start_of,
+)
 from millpond.learn.tune.trial import ENCODINGS, KEEP_BYTES, ROWS
 from millpond.learn.tune.trial_process import LOG, Setup
 from millpond.registry import PushedModel
@@ -141,7 +150,7 @@ def tune(
             "class. Give more rows."
         )
     space = fitting(recipe, space, len(learned))
-    recipe = msgspec.structs.replace(recipe, tune=msgspec.structs.replace(table, space=space))
+    recipe = msgspec.structs.replace(impatient(recipe), tune=msgspec.structs.replace(table, space=space))
     how = complete(recipe.training, recipe.model.architecture, len(learned))
     if not how.epochs:
         raise DataError("a search needs trials of at least one epoch: set `epochs` of [training] above 0.")
