@@ -8,6 +8,7 @@ import os
 import secrets
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,13 @@ class WorkerProcess:
     """A worker started as the broker starts it."""
 
     def __init__(
-        self, memory_bytes: int = GIB, *, log: Path, peer_token: str = "", files: tls.Files | None = None
+        self,
+        memory_bytes: int = GIB,
+        *,
+        log: Path,
+        peer_token: str = "",
+        files: tls.Files | None = None,
+        grace_s: float = 30.0,
     ) -> None:
         self.log = log
         with log.open("wb") as stderr:
@@ -57,7 +64,7 @@ class WorkerProcess:
             )
         assert self.process.stdin is not None
         files = files or tls.Files()
-        orders = Orders("lease-1", TOKEN, "127.0.0.1", "cpu", memory_bytes, os.getpid(), 30.0, peer_token, files)
+        orders = Orders("lease-1", TOKEN, "127.0.0.1", "cpu", memory_bytes, os.getpid(), grace_s, peer_token, files)
         self.process.stdin.write(msgspec.json.encode(orders) + b"\n")
         self.process.stdin.flush()
         self.memory_bytes = memory_bytes
@@ -121,15 +128,30 @@ class WorkerProcess:
 
 
 class Workers:
-    """The workers of a lease of several devices."""
+    """The workers of a lease of several devices; `route` may say by which port each is reached by the others."""
 
-    def __init__(self, count: int = 2, memory_bytes: int = GIB, *, log: Path, files: tls.Files | None = None) -> None:
+    def __init__(
+        self,
+        count: int = 2,
+        memory_bytes: int = GIB,
+        *,
+        log: Path,
+        files: tls.Files | None = None,
+        grace_s: float = 30.0,
+        route: Callable[[int], int] = lambda port: port,
+    ) -> None:
         self.each = [
-            WorkerProcess(memory_bytes, log=log.with_suffix(f".{place}.log"), peer_token=PEER_TOKEN, files=files)
+            WorkerProcess(
+                memory_bytes,
+                log=log.with_suffix(f".{place}.log"),
+                peer_token=PEER_TOKEN,
+                files=files,
+                grace_s=grace_s,
+            )
             for place in range(count)
         ]
         reports = [worker.first_report for worker in self.each]
-        peers = [wire.PeerAddress("127.0.0.1", report.peer_port, report.certificate) for report in reports]
+        peers = [wire.PeerAddress("127.0.0.1", route(report.peer_port), report.certificate) for report in reports]
         for place, worker in enumerate(self.each):
             worker.introduce(place, peers)
 

@@ -116,6 +116,7 @@ MESSAGES: dict[wire.Direction, Any] = {
     "to-worker": wire.ToWorker,
     "from-worker": wire.FromWorker,
     "to-peer": wire.ToPeer,
+    "from-peer": wire.FromPeer,
     "to-broker": wire.ToBroker,
     "from-broker": wire.FromBroker,
     "to-host": wire.ToHost,

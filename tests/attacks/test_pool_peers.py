@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from millpond.pool import transport, wire
+from millpond.pool.arrivals import MAX_ARRIVALS
 from millpond.pool.errors import AuthenticationError, ConnectionLost
 from millpond.pool.executor import Memory
-from millpond.pool.peers import CHUNK_BYTES, MAX_ARRIVALS, PeerExecutor
+from millpond.pool.peers import CHUNK_BYTES, PeerExecutor
 from pool_site import wait_for
 from worker_site import GIB, PEER_TOKEN, TOKEN, Workers
 
@@ -53,9 +54,16 @@ def copies(workers: Workers) -> None:
 
 
 def peer(workers: Workers, token: str = PEER_TOKEN) -> transport.Connection:
-    """Connect to worker 1 as another worker of the lease does."""
+    """Begin to deliver to worker 1 as another worker of the lease does."""
+    connection = dial(workers, token)
+    connection.send(wire.Attach(secrets.token_bytes(16), device=7))
+    return connection
+
+
+def dial(workers: Workers, token: str = PEER_TOKEN) -> transport.Connection:
+    """Connect to worker 1 and greet, no more."""
     port = workers.each[1].first_report.peer_port
-    return transport.connect("127.0.0.1", port, token, "2.13.0", sends="to-peer", receives="from-worker")[0]
+    return transport.connect("127.0.0.1", port, token, "2.13.0", sends="to-peer", receives="from-peer")[0]
 
 
 def failed(connection: transport.Connection, *items: wire.Item) -> wire.Failed:
@@ -76,7 +84,8 @@ def used(workers: Workers) -> int:
 
 def is_hung_up(connection: transport.Connection) -> bool:
     try:
-        connection.receive(20)
+        while isinstance(connection.receive(20)[0], wire.Received):
+            pass
     except ConnectionLost:
         return True
     return False
@@ -184,6 +193,7 @@ def test_parts_that_do_not_fit_end_the_peer_and_free_what_came(workers, messages
     wait_for(lambda: used(workers) == 0)
 
 
+@pytest.mark.slow  # it may come back, for three seconds
 def test_a_peer_that_ends_within_a_delivery_frees_it_and_who_waits_is_told(workers):
     ticket = secrets.token_bytes(16)
     with workers.each[1].connect() as other:
@@ -197,9 +207,9 @@ def test_a_peer_that_ends_within_a_delivery_frees_it_and_who_waits_is_told(worke
 
 def test_deliveries_that_nobody_wants_are_bounded(workers):
     with peer(workers) as eve:
-        for number in range(MAX_ARRIVALS + 1):
+        for _ in range(MAX_ARRIVALS + 1):
             try:
-                eve.send(wire.Deliver(number.to_bytes(16), 2, 0), b"1")
+                eve.send(wire.Deliver(secrets.token_bytes(16), 2, 0), b"1")
             except ConnectionLost:
                 break
         assert is_hung_up(eve)
@@ -207,10 +217,27 @@ def test_deliveries_that_nobody_wants_are_bounded(workers):
 
 
 def test_messages_of_other_directions_end_the_peer(workers):
-    for message in (wire.Batch([wire.Synchronize()]), wire.Acquire("eve"), wire.Done()):
+    for message in (wire.Batch([wire.Synchronize()]), wire.Acquire("eve"), wire.Done(), wire.Attach(bytes(16))):
         with peer(workers) as eve:
             eve.send(message)
             assert is_hung_up(eve)
+
+
+def test_a_peer_that_does_not_attach_first_is_hung_up_on_and_costs_nothing(workers):
+    for message, payload in ((wire.Deliver(bytes(16), 2**26, 0), wire.MAX_PAYLOAD_BYTES), (wire.Attach(bytes(16)), 9)):
+        with dial(workers) as eve:
+            with contextlib.suppress(ConnectionLost):
+                eve.send(message, bytes(payload))
+            assert is_hung_up(eve)
+    assert used(workers) == 0
+
+
+def test_deliveries_are_gone_on_with_only_by_who_knows_what_they_are_called(workers):
+    with peer(workers), dial(workers) as eve:
+        eve.send(wire.Attach(secrets.token_bytes(16), resumes=True, device=0))
+        refused, _ = eve.receive(20)
+        assert isinstance(refused, wire.Refused)
+        assert is_hung_up(eve)
 
 
 def test_a_receive_that_waits_holds_up_nobody_else(workers):

@@ -11,12 +11,18 @@ import time
 
 
 class Relay:
-    """Forwards every connection to `port`; `cut` ends those that there are, `down` refuses new ones meanwhile."""
+    """Forwards every connection to `port`; `cut` ends those that there are, `down` refuses new ones meanwhile.
+
+    `swallow` has what comes on them go nowhere; `hold` has nothing pass at all, on new ones neither, until `go_on`.
+    """
 
     def __init__(self, port: int) -> None:
         self.target = port
         self.port = 0
-        self.cuts = self.carried_bytes = 0
+        self.cuts = self.carried_bytes = self.swallowed_bytes = 0
+        self._swallowing = False
+        self._passing = threading.Event()
+        self._passing.set()
         self._ends: set[socket.socket] = set()
         self._lock = threading.Lock()
         self.up()
@@ -27,10 +33,24 @@ class Relay:
         self.port = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
 
+    def swallow(self) -> None:
+        """Take all that comes, and pass none of it on, until the next cut."""
+        self.swallowed_bytes = 0
+        self._swallowing = True
+
+    def hold(self) -> None:
+        """Pass nothing on; nobody is told."""
+        self._passing.clear()
+
+    def go_on(self) -> None:
+        """Pass on what was held, too."""
+        self._passing.set()
+
     def cut(self) -> None:
         """Break all connections."""
         self.cuts += 1
         with self._lock:
+            self._swallowing = False
             for end in self._ends:
                 with contextlib.suppress(OSError):
                     end.shutdown(socket.SHUT_RDWR)
@@ -67,6 +87,12 @@ class Relay:
                         data = end.recv(1 << 16)
                         if not data:
                             return
+                        self._passing.wait()
+                        with self._lock:
+                            swallowing = self._swallowing
+                            self.swallowed_bytes += len(data) * swallowing
+                        if swallowing:
+                            continue
                         to[end].sendall(data)
                         self.carried_bytes += len(data)
             finally:

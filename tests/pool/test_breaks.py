@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import secrets
 import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from millpond.pool import attach, wire
+from millpond.pool import attach, transport, wire
 from millpond.pool.lease import Lease
 from millpond.settings import PoolSettings, load
 from pool.relay import Relay
 from pool_site import BrokerProcess, wait_for
-from worker_site import WorkerProcess
+from worker_site import WorkerProcess, Workers
 
 TRAINING = Path(__file__).parent / "train_models.py"
 
@@ -114,6 +116,128 @@ def test_training_gives_the_same_losses_over_a_connection_that_breaks_all_the_ti
     assert relay.cuts > 10
     for run, losses_of_run in expected.items():
         assert pooled[run] == pytest.approx(losses_of_run, abs=1e-5), run
+
+
+# --- copies between the workers of one lease ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def start_apart(tmp_path: Path) -> Iterator[Callable[..., tuple[Workers, list[Relay]]]]:
+    """Start two workers that reach each other by relays only: `relays[1]` is the way to the second."""
+    started: list[Workers] = []
+    relays: list[Relay] = []
+
+    def route(port: int) -> int:
+        relays.append(Relay(port))
+        return relays[-1].port
+
+    def start(grace_s: float = 30.0) -> tuple[Workers, list[Relay]]:
+        started.append(Workers(log=tmp_path / "worker", grace_s=grace_s, route=route))
+        return started[-1], relays
+
+    yield start
+    for workers in started:
+        workers.close()
+    for relay in relays:
+        relay.down()
+
+
+def session(worker: WorkerProcess, *items: wire.Item) -> transport.Connection:
+    connection = worker.connect()
+    connection.send(wire.Batch(list(items)))
+    return connection
+
+
+def uint8(size: int) -> wire.Geometry:
+    return wire.Geometry("uint8", (size,), (1,))
+
+
+def copied(workers: Workers, ticket: bytes) -> bool:
+    """Return whether a copy arrives."""
+    sender, receiver = copy(workers, ticket)
+    with sender, receiver:
+        message, payload = receiver.receive(20)
+        return (message, bytes(payload)) == (wire.Data(), bytes(range(8)))
+
+
+def copy(workers: Workers, ticket: bytes) -> tuple[transport.Connection, transport.Connection]:
+    """Issue a copy of eight bytes from the first worker to the second, which is asked for them."""
+    sender = session(workers.each[0], wire.Put(1, "uint8", (8,), bytes(range(8))), wire.Send(1, 1, ticket))
+    return sender, session(workers.each[1], wire.Receive(5, 0, ticket, uint8(8)), wire.Read(5, 0, 8))
+
+
+def test_a_copy_whose_bytes_were_lost_on_the_way_arrives_after_all(start_apart):
+    workers, relays = start_apart()
+    assert copied(workers, b"0" * 16)
+    for number in range(1, 5):
+        relays[1].swallow()  # as when the cable goes: the sender's kernel has taken the bytes, and nobody gets them
+        sender, receiver = copy(workers, bytes([number]) * 16)
+        with sender, receiver:
+            wait_for(lambda: relays[1].swallowed_bytes)
+            relays[1].cut()
+            message, payload = receiver.receive(20)
+            assert (message, bytes(payload)) == (wire.Data(), bytes(range(8)))
+
+
+COPIES = """
+import sys, torch
+there, sums = torch.zeros(3_000_000, device="cuda:0"), []
+for number in range(12):
+    there += 1
+    over = there.to("cuda:1")
+    there += 1  # not in the copy, however late that is sent again
+    back = over.mul_(2).to("cuda:0")
+    sums.append(back.sum() / 6_000_000 + there[:9].to("cuda:1").to("cuda:0").sum())
+    print(number, flush=True)
+    if number % 3 == 0:
+        sys.stdin.readline()
+print([value.item() for value in sums])
+"""
+
+
+@pytest.mark.slow
+def test_copies_are_whole_and_in_order_over_connections_that_break_all_the_time(start_apart):
+    workers, relays = start_apart()
+    stop = threading.Event()
+    cutting = [threading.Thread(target=relay.cut_often, args=(stop, 3 + place)) for place, relay in enumerate(relays)]
+    for thread in cutting:
+        thread.start()
+    try:
+        with start(COPIES, workers.environment()) as process:
+            shown, errors = process.communicate("\n" * 9, timeout=100)
+    finally:
+        stop.set()
+        for thread in cutting:
+            thread.join()
+    assert min(relay.cuts for relay in relays) >= 2
+    expected = [(2 * number + 1) + 9 * (2 * number + 2) for number in range(12)]
+    assert json.loads(shown.splitlines()[-1]) == expected, errors
+
+
+@pytest.mark.slow
+def test_workers_that_lose_each_other_for_good_say_so_at_both_ends_and_copy_again_when_they_can(start_apart):
+    workers, relays = start_apart(grace_s=1.0)
+    sender, receiver = copy(workers, b"0" * 16)
+    with sender, receiver:
+        assert receiver.receive(20)[0] == wire.Data()
+        for relay in relays:
+            relay.down()
+        started = time.monotonic()
+        receiver.send(wire.Batch([wire.Receive(6, 0, b"1" * 16, uint8(8)), wire.Read(6, 0, 8)]))
+        received, _ = receiver.receive(20)
+        assert isinstance(received, wire.Failed)
+        assert "nothing comes any more from device 0 of this lease at 127.0.0.1 to device 1 at" in received.message
+        assert "has not come back within 1 s" in received.message
+        sender.send(wire.Batch([wire.Send(1, 1, b"2" * 16), wire.Synchronize()]))
+        sent, _ = sender.receive(20)
+        assert isinstance(sent, wire.Failed)
+        assert "the worker of device 1 of this lease cannot be reached at 127.0.0.1:" in sent.message
+        assert "from that of device 0 at 127.0.0.1: " in sent.message
+        assert re.search(r"and for \d s after that", sent.message)
+        assert time.monotonic() - started < 15
+        for relay in relays:
+            relay.up()
+    wait_for(lambda: copied(workers, secrets.token_bytes(16)))
 
 
 # --- leases ----------------------------------------------------------------------------------------------------------

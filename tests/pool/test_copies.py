@@ -143,7 +143,8 @@ def test_a_worker_that_cannot_reach_another_ends_with_the_reason(tmp_path):
         worker.introduce(0, [here, wire.PeerAddress("127.0.0.1", 1)])
         assert worker.process.wait(30) == 1
         assert (
-            "the worker of device 1 of this lease cannot be reached at 127.0.0.1:1: nothing answers" in log.read_text()
+            "the worker of device 1 of this lease cannot be reached at 127.0.0.1:1 from that of device 0 at 127.0.0.1: "
+            "nothing answers" in log.read_text()
         )
     finally:
         worker.close()

@@ -91,7 +91,7 @@ def worker() -> Iterator[Worker]:
 def client(worker: Worker, *, grace_s: float = 20.0, why_ended: str = "") -> Link:
     connection = worker.dial()
     connection.send(wire.Attach(SESSION))
-    return Link(connection, Dialler(worker.dial, SESSION, grace_s, why_ended=lambda: why_ended))
+    return Link(connection, Dialler(worker.dial, wire.Attach(SESSION), grace_s, why_ended=lambda: why_ended))
 
 
 def seed(number: int) -> wire.Batch:
@@ -161,7 +161,7 @@ def test_a_client_that_does_not_come_back_ends_the_session():
     ours.receive()
     ours.close()
     worker.echoing.join(10)
-    assert "the client has not come back within 0.2 s" in str(worker.error)
+    assert "it has not come back within 0.2 s" in str(worker.error)
     worker.close()
 
 

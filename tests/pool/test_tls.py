@@ -439,7 +439,7 @@ def test_a_copy_between_two_devices_runs_over_tls(pool, client, tmp_path):
         port = workers.each[1].first_report.peer_port
         with pytest.raises(ConnectionLost, match="If the pool speaks TLS"):
             transport.connect(
-                "127.0.0.1", port, PEER_TOKEN, TORCH, sends="to-peer", receives="from-worker", timeout_s=0.5
+                "127.0.0.1", port, PEER_TOKEN, TORCH, sends="to-peer", receives="from-peer", timeout_s=0.5
             )
         program = (
             "import torch; there = torch.arange(3_000_000).to('cuda:0').to('cuda:1')\n"

@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from millpond.pool import broker, peers, scheduler, wire
+from millpond.pool import arrivals, broker, peers, scheduler, wire
 
 PAGE = (Path(__file__).parents[2] / "docs/reference/wire.md").read_text()
 MESSAGES = {
@@ -18,6 +18,7 @@ MESSAGES = {
         wire.FromBroker,
         wire.ToWorker,
         wire.FromWorker,
+        wire.FromPeer,
         wire.ToPeer,
         wire.ToHost,
         wire.FromHost,
@@ -64,8 +65,8 @@ def test_the_limits_are_those_of_the_code():
     text = " ".join(PAGE.split())
     assert f"at most {wire.MAX_HOST_DEVICES} a host, and {broker.MAX_HOSTS} hosts" in text
     assert f"in parts of at most {peers.CHUNK_BYTES // 2**20} MiB" in text
-    assert f"At most {peers.MAX_ARRIVALS:,} deliveries wait at a worker" in text
-    assert f"`receive` waits {peers.RECEIVE_S:g} s at most" in text
+    assert f"At most {arrivals.MAX_ARRIVALS:,} deliveries wait at a worker" in text
+    assert f"`receive` waits {arrivals.RECEIVE_S:g} s at most" in text
     assert f"at most {broker.MAX_CLIENTS} clients, {broker.MAX_GREETING} callers" in text
     assert f"{scheduler.MAX_PENDING} waiting leases, {scheduler.MAX_PARTS} leases on a device" in text
     assert f"and {scheduler.KEEP_PAST} past ones" in text

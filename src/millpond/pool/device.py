@@ -106,9 +106,9 @@ class DeviceModule:
             )
 
         connection, welcome = dial()
-        name = secrets.token_bytes(16)
-        connection.send(wire.Attach(name))
-        dialler = Dialler(lambda: dial(transport.REDIAL_S)[0], name, welcome.grace_s, why_ended=attach.why_ended)
+        opening = wire.Attach(secrets.token_bytes(16))
+        connection.send(opening)
+        dialler = Dialler(lambda: dial(transport.REDIAL_S)[0], opening, welcome.grace_s, why_ended=attach.why_ended)
         return Session(
             Link(connection, dialler),
             index=index,

@@ -10,7 +10,9 @@ import logging
 import queue
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+
+import msgspec
 
 from millpond.pool import wire
 from millpond.pool.errors import ConnectionLost, HandshakeError, PeerSilent, WireError
@@ -81,6 +83,10 @@ class Link:
             ConnectionLost, WireError: as `take`.
         """
         self._await(MAX_KEPT, 0)
+
+    def kept(self) -> Iterator[wire.Message]:
+        """Yield the messages of which the peer has not said that it has them."""
+        yield from (message for message, _ in self._kept)
 
     def has_input(self, wait_s: float = 0.0) -> bool:
         """Return whether `take` has something to do, at the latest after `wait_s`."""
@@ -163,13 +169,14 @@ class Link:
 
 
 class Dialler:
-    """A client's way back: dials the worker until it answers, the lease has ended, or the grace is over."""
+    """A caller's way back: dials the worker until it answers, the lease has ended, or the grace is over."""
 
     def __init__(
-        self, dial: Callable[[], Connection], session: bytes, grace_s: float, *, why_ended: Callable[[], str]
+        self, dial: Callable[[], Connection], attach: wire.Attach, grace_s: float, *, why_ended: Callable[[], str]
     ) -> None:
         self._dial = dial
-        self._session = session
+        self._attach = attach
+        """What was said on the first connection."""
         self._grace_s = grace_s
         self._why_ended = why_ended
 
@@ -202,7 +209,7 @@ class Dialler:
 
     def _resume(self, connection: Connection, received: int) -> int:
         try:
-            connection.send(wire.Attach(self._session, resumes=True, received=received))
+            connection.send(msgspec.structs.replace(self._attach, resumes=True, received=received))
             answer, _ = connection.receive(None)  # an op of ours may still run there; a dead host is noticed
             if isinstance(answer, wire.Refused):
                 raise HandshakeError(answer.message)
@@ -224,7 +231,7 @@ class Berth:
         """Whether the session has no connection now."""
 
     def come_back(self, connection: Connection, received: int) -> None:
-        """Hand over a client's new connection, and how many of our messages it has. From any thread."""
+        """Hand over a caller's new connection, and how many of our messages it has. From any thread."""
         self._callers.put((connection, received))
 
     def give_up(self) -> None:
@@ -240,7 +247,7 @@ class Berth:
         except queue.Empty:
             caller = None
         if caller is None:
-            raise ConnectionLost(f"{error}; the client has not come back within {wait_s:g} s")
+            raise ConnectionLost(f"{error}, and it has not come back within {wait_s:g} s")
         self.is_waiting = False
         connection, theirs = caller
         try:

@@ -2,76 +2,167 @@
 
 The broker alone tells a worker who its peers are, and gives them a token of their own. A copy is a `send` at the one
 and a `receive` at the other, which the client joins by a ticket that nobody can guess. A worker always takes in what
-comes, into memory of the lease, so that two that send to each other never wait for each other.
+comes, so that two that send to each other never wait for each other. What they send goes over links, as a session
+does: a connection that breaks is made anew, and nothing is lost.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+import secrets
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 
 from millpond.pool import tls, transport, wire
+from millpond.pool.arrivals import MAX_ARRIVALS, Arrivals
 from millpond.pool.errors import ConnectionLost, HandshakeError, PoolError, WireError
 from millpond.pool.executor import Believed, Failure, Memory, bytes_of, typed
 from millpond.pool.graphs import GraphExecutor
+from millpond.pool.link import COPIED_BYTES, Berth, Dialler, Link
 from millpond.pool.worker import Introduction
 
 CHUNK_BYTES = 4 * 1024 * 1024
 """Bytes that travel in one frame, and that a delivery which is refused is read into."""
-MAX_ARRIVALS = 4096
-"""Deliveries that wait for their `receive`."""
-RECEIVE_S = 300.0
-"""How long a `receive` waits: the sender may have much to compute before it gets to its `send`."""
-KEEP_S = 600.0
-"""How long a delivery waits for its `receive`."""
 SEND_S = 30.0
-"""How long a peer may take nothing in before it counts as gone."""
+"""How long a peer may take nothing in before its connection counts as broken."""
+LOOK_S = 0.25
+"""How often a way to a peer on which nothing is sent is looked at."""
 INTRODUCE_S = 10.0
 """How long the broker's word on the peers may take, once a client has been told of the lease."""
 MAX_CALLERS = 1024
 """Connections to a worker's peers' port; a further one is hung up on."""
 
 
-class _Arrival:
-    """A delivery: bytes that came, or are coming, under a ticket."""
+class Way:
+    """What we deliver to one peer: over a link, or, where that was lost, over a new one. For any thread."""
 
-    def __init__(self, total: int, connection: object) -> None:
-        self.total = total
-        self.connection = connection
-        self.received = 0
-        self.data: torch.Tensor | None = None
-        self.failure: Failure | None = None
-        self.expires = time.monotonic() + KEEP_S
+    def __init__(self, dial: Callable[[float], transport.Connection], own: int, grace_s: float) -> None:
+        self._dial = dial
+        self._own = own
+        self._grace_s = grace_s
+        self._link: Link | None = None
+        self._lost: tuple[float, str] | None = None
+        """When the last link was lost, and why, while there is no other."""
+        self._owed: deque[bytes] = deque(maxlen=MAX_ARRIVALS)
+        """Tickets of deliveries that were lost with a link: the peer is told as soon as it can be."""
+        self._lock = threading.Lock()
 
-    @property
-    def is_over(self) -> bool:
-        return self.failure is not None or (self.data is not None and self.received == self.total)
+    def open(self) -> None:
+        """See to it that there is a link.
+
+        Raises:
+            PoolError: the peer cannot be reached.
+        """
+        with self._lock, self._losing():
+            self._open(transport.GREETING_S)
+
+    def deliver(self, ticket: bytes, source: torch.Tensor) -> None:
+        """Deliver bytes under a ticket; they may change after.
+
+        Raises:
+            PoolError: the peer is gone, or was for longer than the grace.
+            Failure: they cannot be read.
+        """
+        total = source.numel()
+        with self._lock, self._losing():
+            link = self._open(transport.REDIAL_S)
+            for offset in range(0, max(total, 1), CHUNK_BYTES):
+                part: torch.Tensor = typed(source[offset : offset + CHUNK_BYTES].cpu)
+                data = part.numpy().data
+                # The link keeps it until the peer has it: see `Link.send`.
+                kept = memoryview(bytes(data)) if total <= COPIED_BYTES else data
+                link.send(wire.Deliver(ticket, total, offset), kept)
+            if total > COPIED_BYTES and source.device.type == "cpu":  # else the parts are copies already
+                link.settle()
+
+    def withhold(self, ticket: bytes, failure: Failure) -> None:
+        """Say that what the peer may wait for under a ticket never comes.
+
+        Raises:
+            PoolError: as `deliver`.
+        """
+        with self._lock, self._losing():
+            message = wire.Withhold(ticket, failure.kind, str(failure)[: wire.MAX_TEXT])
+            self._open(transport.REDIAL_S).send(message)
+
+    def keep(self) -> None:
+        """For ever: take in what the peer has, mend what breaks, and begin anew where that failed."""
+        while True:
+            time.sleep(LOOK_S)
+            with contextlib.suppress(PoolError), self._lock, self._losing():
+                link = self._open(transport.REDIAL_S)
+                while link.has_input():
+                    if (said := link.take()) is not None:
+                        raise WireError(f"the other worker says what nobody asked for: {type(said[0]).__name__}")
+
+    def _open(self, connect_s: float) -> Link:
+        if self._link is not None:
+            return self._link
+        connection = self._dial(connect_s)
+        attach = wire.Attach(secrets.token_bytes(16), device=self._own)
+        connection.send(attach)
+        redial = Dialler(lambda: self._dial(transport.REDIAL_S), attach, self._grace_s, why_ended=lambda: "")
+        self._link, self._lost = Link(connection, redial), None
+        while self._owed:
+            self._link.send(wire.Withhold(self._owed[0], "runtime", "it was lost with the connection to the device"))
+            self._owed.popleft()
+        return self._link
+
+    @contextlib.contextmanager
+    def _losing(self) -> Iterator[None]:
+        """Drop a link that is lost; say again why it was, as long as there is no other."""
+        try:
+            yield
+        except PoolError as error:
+            if self._link is not None:
+                self._link.close()
+                kept = (m for m in self._link.kept() if isinstance(m, wire.Deliver | wire.Withhold))
+                self._owed.extend(dict.fromkeys(m.ticket for m in kept))
+                self._link, self._lost = None, (time.monotonic(), str(error))
+            elif self._lost is not None:
+                at, why = self._lost
+                raise ConnectionLost(f"{why}; that was {time.monotonic() - at:.0f} s ago") from None
+            raise
+
+
+@dataclass(frozen=True)
+class _Caller:
+    """Another worker that delivers to us: `device` is its number in the lease."""
+
+    device: int
+    link: Link
+    berth: Berth
 
 
 class Peers:
     """A worker's side of the copies of its lease."""
 
-    def __init__(self, token: str, bind: str, memory: Memory, torch_version: str, files: tls.Files) -> None:
+    def __init__(
+        self, token: str, bind: str, memory: Memory, torch_version: str, files: tls.Files, grace_s: float
+    ) -> None:
         self.listener = transport.listen(bind, 0)
+        self.arrivals = Arrivals(memory)
         self._token = token
-        self._memory = memory
         self._torch = torch_version
+        self._grace_s = grace_s
         # The token is proof enough of a peer, and its certificate may be good for listening only.
         self._security = tls.listener(files.for_workers(asks_certificate=False))
         self._introduction: Introduction | None = None
         self._introduced = threading.Event()
-        self._connections: dict[int, transport.Connection] = {}
-        self._sending: dict[int, threading.Lock] = {}
-        self._arrivals: dict[bytes, _Arrival] = {}
-        self._arrived = threading.Condition()
-        self._callers = 0
+        self._ways: dict[int, Way] = {}
+        self._callers: dict[bytes, _Caller] = {}
+        """By what each calls its deliveries, over all of its connections."""
+        self._calls = 0
+        self._lock = threading.Lock()
 
     @property
     def port(self) -> int:
@@ -80,84 +171,74 @@ class Peers:
 
     def introduce(self, introduction: Introduction) -> None:
         """Take the broker's word for who the peers are."""
-        self._sending = {index: threading.Lock() for index in range(len(introduction.peers))}
+        for index, address in enumerate(introduction.peers):
+            if index != introduction.own:
+                self._ways[index] = Way(functools.partial(self._dial, address), introduction.own, self._grace_s)
         self._introduction = introduction
         self._introduced.set()
-        threading.Thread(target=self._meet, args=(introduction,), name="meet", daemon=True).start()
+        threading.Thread(target=self._meet, name="meet", daemon=True).start()
 
-    def _meet(self, introduction: Introduction) -> None:
+    def _meet(self) -> None:
         """Connect to every peer: a firewall between two is to end the lease at its start, not a copy after an hour."""
-        for peer in range(len(introduction.peers)):
-            if peer == introduction.own:
-                continue
+        for peer, way in self._ways.items():
             try:
-                self._with_peer(peer, lambda connection: None)
-            except Failure as failure:
-                sys.stderr.write(f"{failure}\n")
+                way.open()
+            except PoolError as error:
+                sys.stderr.write(f"{self._unreachable(peer, error)}\n")
                 sys.stderr.flush()
                 os._exit(1)
+            threading.Thread(target=way.keep, name="keep", daemon=True).start()
 
     # --- what we send --------------------------------------------------------------------------------------------
 
     def send(self, peer: int, ticket: bytes, source: torch.Tensor) -> None:
-        """Deliver bytes to a peer under a ticket; returns when the kernel has them.
+        """Deliver bytes to a peer under a ticket; they may change after.
 
         Raises:
             Failure: there is no such peer, or it cannot be reached.
         """
-        total = source.numel()
-
-        def deliver(connection: transport.Connection) -> None:
-            for offset in range(0, max(total, 1), CHUNK_BYTES):
-                part = source[offset : offset + CHUNK_BYTES].cpu()
-                connection.send(wire.Deliver(ticket, total, offset), part.numpy().data)
-
-        self._with_peer(peer, deliver)
+        try:
+            self._way(peer).deliver(ticket, source)
+        except PoolError as error:
+            raise self._unreachable(peer, error) from None
 
     def withhold(self, peer: int, ticket: bytes, failure: Failure) -> None:
         """Tell a peer, if it can be told, that what it may wait for never comes."""
-        with contextlib.suppress(Failure):
-            message = wire.Withhold(ticket, failure.kind, str(failure)[: wire.MAX_TEXT])
-            self._with_peer(peer, lambda connection: connection.send(message))
+        with contextlib.suppress(Failure, PoolError):
+            self._way(peer).withhold(ticket, failure)
 
-    def _with_peer(self, peer: int, action: Callable[[transport.Connection], None]) -> None:
-        if not self._introduced.wait(INTRODUCE_S) or self._introduction is None:
+    def _way(self, peer: int) -> Way:
+        if not self._introduced.wait(INTRODUCE_S):
             raise Failure("runtime", "the broker has not said where the other devices of the lease are")
-        known = self._introduction
-        if peer == known.own or not 0 <= peer < len(known.peers):
+        if peer not in self._ways:
             raise Failure("refused", f"device {peer} is no other device of this lease")
-        with self._sending[peer]:
-            try:
-                action(self._connect(peer, known.peers[peer]))
-            except PoolError as error:
-                if (broken := self._connections.pop(peer, None)) is not None:
-                    broken.close()
-                where = f"{known.peers[peer].host}:{known.peers[peer].port}"
-                raise Failure(
-                    "runtime",
-                    f"the worker of device {peer} of this lease cannot be reached at {where}: {error}. Workers of a "
-                    "lease must reach each other: is a firewall between their hosts?",
-                ) from None
+        return self._ways[peer]
 
-    def _connect(self, peer: int, address: wire.PeerAddress) -> transport.Connection:
-        connection = self._connections.get(peer)
-        if connection is not None and connection.has_input():  # a peer says nothing: it has hung up
-            connection.close()
-            connection = None
-        if connection is None:
-            connection, _ = transport.connect(
-                address.host,
-                address.port,
-                self._token,
-                self._torch,
-                sends="to-peer",
-                receives="from-worker",
-                security=tls.of_peer(address.certificate) if self._security else None,
-            )
-            # Beyond what keep-alive sees: a process that stands still, while its host answers for it.
-            connection.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(SEND_S * 1000))
-            self._connections[peer] = connection
+    def _dial(self, address: wire.PeerAddress, connect_s: float) -> transport.Connection:
+        connection, _ = transport.connect(
+            address.host,
+            address.port,
+            self._token,
+            self._torch,
+            sends="to-peer",
+            receives="from-peer",
+            security=tls.of_peer(address.certificate) if self._security else None,
+            connect_s=connect_s,
+        )
+        # Beyond what keep-alive sees: a process that stands still, while its host answers for it.
+        connection.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(SEND_S * 1000))
         return connection
+
+    def _unreachable(self, peer: int, error: PoolError) -> Failure:
+        known = self._introduction
+        assert known is not None  # we were told where it is
+        there, here = known.peers[peer], known.peers[known.own]
+        return Failure(
+            "runtime",
+            f"the worker of device {peer} of this lease cannot be reached at {there.host}:{there.port} from that of "
+            f"device {known.own} at {here.host}: {error}. Workers of a lease must reach each other: is a firewall "
+            "between their hosts, or the network broken?",
+        )
 
     # --- what comes ----------------------------------------------------------------------------------------------
 
@@ -165,104 +246,13 @@ class Peers:
         """Take in what peers deliver, for ever."""
         while True:
             sock, _ = self.listener.accept()
-            with self._arrived:
-                full = self._callers >= MAX_CALLERS
-                self._callers += not full
+            with self._lock:
+                full = self._calls >= MAX_CALLERS
+                self._calls += not full
             if full:
                 sock.close()
                 continue
             threading.Thread(target=self._attend, args=(sock,), name="peer", daemon=True).start()
-
-    def _attend(self, sock: socket.socket) -> None:
-        try:
-            connection, _ = transport.accept(
-                sock, self._token, self._torch, sends="from-worker", receives="to-peer", security=self._security
-            )
-            with connection:
-                self._take_in(connection)
-        except (ConnectionLost, HandshakeError, TimeoutError, OSError):
-            pass
-        except WireError as error:
-            print(f"worker: dropped a peer: {error}", file=sys.stderr)  # noqa: T201
-        finally:
-            with self._arrived:
-                self._callers -= 1
-
-    def _take_in(self, connection: transport.Connection) -> None:
-        scratch = memoryview(b"")
-
-        def place(message: wire.Message, length: int) -> memoryview:
-            nonlocal scratch
-            if not isinstance(message, wire.Deliver) or length > CHUNK_BYTES:
-                raise WireError(f"{length} bytes where no peer sends so many")
-            data = self._place(message, length, connection)
-            if data is None:
-                scratch = scratch if len(scratch) >= length else memoryview(bytearray(CHUNK_BYTES))
-                return scratch[:length]
-            return data.numpy().data[message.offset : message.offset + length]
-
-        try:
-            while True:
-                message, payload = connection.receive(None, place)
-                with self._arrived:
-                    if isinstance(message, wire.Withhold):
-                        self._fail(self._known(message.ticket, 0, connection), Failure(message.kind, message.message))
-                    elif isinstance(message, wire.Deliver):
-                        self._place(message, len(payload), connection)
-                        if (arrival := self._arrivals.get(message.ticket)) is not None:
-                            arrival.received += len(payload)
-                    self._arrived.notify_all()
-        finally:
-            with self._arrived:
-                for arrival in self._arrivals.values():
-                    if arrival.connection is connection and not arrival.is_over:
-                        self._fail(arrival, Failure("runtime", "the connection broke on the way from the other device"))
-                self._arrived.notify_all()
-
-    def _place(self, message: wire.Deliver, length: int, connection: object) -> torch.Tensor | None:
-        """Return the memory of a delivery that goes on as it should; None for one that was refused or given up."""
-        with self._arrived:
-            new = message.ticket not in self._arrivals
-            if new and message.offset > 0:
-                return None
-            arrival = self._known(message.ticket, message.total, connection)
-            if arrival.connection is not connection or arrival.total != message.total:
-                raise WireError("two deliveries under one ticket")
-            if message.offset != arrival.received or message.offset + length > arrival.total:
-                raise WireError(f"{length} bytes at {message.offset} of {arrival.total}; {arrival.received} have come")
-            if new:
-                try:
-                    self._memory.check(arrival.total)
-                    arrival.data = typed(lambda: torch.empty(arrival.total, dtype=torch.uint8))
-                    self._memory.add(arrival.total)
-                except Failure as failure:
-                    arrival.failure = failure.again()
-            return arrival.data
-
-    def _known(self, ticket: bytes, total: int, connection: object) -> _Arrival:
-        if ticket not in self._arrivals:
-            if len(self._arrivals) >= MAX_ARRIVALS:  # what failed goes first: it waits only to say why
-                self._arrivals = {known: arrival for known, arrival in self._arrivals.items() if not arrival.failure}
-            if len(self._arrivals) >= MAX_ARRIVALS:
-                raise WireError(f"{MAX_ARRIVALS} deliveries wait already")
-            self._arrivals[ticket] = _Arrival(total, connection)
-        return self._arrivals[ticket]
-
-    def _fail(self, arrival: _Arrival, failure: Failure) -> None:
-        self._drop(arrival)
-        arrival.failure = failure
-
-    def _drop(self, arrival: _Arrival) -> None:
-        if arrival.data is not None:
-            arrival.data = None
-            self._memory.add(-arrival.total)
-
-    def expire(self) -> None:
-        """Drop deliveries that nobody has come for."""
-        now = time.monotonic()
-        with self._arrived:
-            for ticket in [ticket for ticket, arrival in self._arrivals.items() if arrival.expires < now]:
-                self._drop(self._arrivals.pop(ticket))
 
     def claim(self, peer: int, ticket: bytes) -> torch.Tensor:
         """Return the bytes that come from a peer under a ticket, once they are here; they count no more as memory.
@@ -270,21 +260,104 @@ class Peers:
         Raises:
             Failure: they do not come.
         """
-        with self._arrived:
-            self._arrived.wait_for(lambda: ticket in self._arrivals and self._arrivals[ticket].is_over, RECEIVE_S)
-            arrival = self._arrivals.get(ticket)
-            if arrival is None or not arrival.is_over:
-                if arrival is not None:
-                    self._fail(arrival, Failure("runtime", "it came too late"))
-                raise Failure("runtime", f"nothing has come from device {peer} of this lease for {RECEIVE_S:g} s")
-            del self._arrivals[ticket]
-            if arrival.failure is not None:
-                failure = arrival.failure
-                raise Failure(failure.kind, f"{failure}\n  on the way from device {peer} of this lease")
-            data = arrival.data
-            assert data is not None
-            self._drop(arrival)
-            return data
+        way = f"from device {peer} of this lease"
+        if (known := self._introduction) is not None and peer < len(known.peers):
+            way += f" at {known.peers[peer].host} to device {known.own} at {known.peers[known.own].host}"
+        return self.arrivals.claim(peer, ticket, way)
+
+    def _attend(self, sock: socket.socket) -> None:
+        try:
+            connection, _ = transport.accept(
+                sock, self._token, self._torch, sends="from-peer", receives="to-peer", security=self._security
+            )
+            try:
+                attach, _ = connection.receive(transport.GREETING_S, _no_payload)
+                if not isinstance(attach, wire.Attach):
+                    raise WireError("the first message must attach")
+            except BaseException:
+                connection.close()
+                raise
+            if attach.resumes:
+                self._resume(connection, attach)
+            else:
+                self._begin(connection, attach)
+        except (ConnectionLost, HandshakeError, TimeoutError, OSError):
+            pass
+        except WireError as error:
+            print(f"worker: dropped a peer: {error}", file=sys.stderr)  # noqa: T201
+        finally:
+            with self._lock:
+                self._calls -= 1
+
+    def _resume(self, connection: transport.Connection, attach: wire.Attach) -> None:
+        """Hand a connection to the deliveries that go on over it."""
+        with self._lock:
+            known = self._callers.get(attach.session)
+        if known is None:
+            _refuse(connection, "its deliveries have been given up: it was away for too long")
+            return
+        known.link.close()  # before the new one is handed over, which must not be the one to be closed
+        known.berth.come_back(connection, attach.received)
+
+    def _begin(self, connection: transport.Connection, attach: wire.Attach) -> None:
+        """Take in what a peer delivers, until it is gone for good."""
+        berth = Berth(self._grace_s)
+        caller = _Caller(attach.device, Link(connection, berth), berth)
+        with self._lock:
+            known = attach.session in self._callers
+            if not known:
+                for other in self._callers.values():
+                    if other.device == caller.device and other.berth.is_waiting:  # it has begun anew
+                        other.berth.give_up()
+                self._callers[attach.session] = caller
+                self.arrivals.find(caller.device)
+        if known:
+            _refuse(connection, "these deliveries have begun already")
+            return
+        why = "it sent what it may not"
+        try:
+            self._take_in(caller.link)
+        except ConnectionLost as error:
+            why = str(error)
+        finally:
+            with self._lock:
+                del self._callers[attach.session]
+                self.arrivals.break_off(caller.link)
+                if all(other.device != caller.device for other in self._callers.values()):
+                    self.arrivals.lose(caller.device, why)
+            caller.link.close()
+
+    def _take_in(self, link: Link) -> None:
+        scratch = memoryview(b"")
+
+        def place(message: wire.Message, length: int) -> memoryview:
+            nonlocal scratch
+            if not isinstance(message, wire.Deliver) or length > CHUNK_BYTES:
+                raise WireError(f"{length} bytes where no peer sends so many")
+            data = self.arrivals.place(message, length, link)
+            if data is None:
+                scratch = scratch if len(scratch) >= length else memoryview(bytearray(CHUNK_BYTES))
+                return scratch[:length]
+            return data.numpy().data[message.offset : message.offset + length]
+
+        while True:
+            message, payload = link.receive(place)
+            if isinstance(message, wire.Withhold):
+                self.arrivals.withhold(message, link)
+            elif isinstance(message, wire.Deliver):
+                self.arrivals.add(message, len(payload), link)
+            else:
+                raise WireError("a peer attaches once a connection")
+
+
+def _no_payload(message: wire.Message, length: int) -> memoryview:
+    raise WireError(f"{length} bytes before the deliveries have begun")
+
+
+def _refuse(connection: transport.Connection, why: str) -> None:
+    with contextlib.suppress(ConnectionLost):
+        connection.send(wire.Refused("lease", why))
+    connection.close()
 
 
 class PeerExecutor(GraphExecutor):

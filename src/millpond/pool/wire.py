@@ -15,7 +15,7 @@ from msgspec import Meta
 
 from millpond.pool.errors import WireError
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Rises when a message changes in a way that an older peer cannot read; both ends must have the same."""
 
 MAX_HEADER_BYTES = 8 * 1024 * 1024
@@ -36,6 +36,8 @@ MAX_GRAPHS = 1024
 """Captured graphs of a session; a client that defines one under an old number replaces it."""
 MAX_GRAPH_STEPS = 65_536
 """Steps of one captured graph."""
+MAX_LEASE_DEVICES = 1024
+"""Devices of one lease."""
 MAX_HOST_DEVICES = 16
 """Devices that one host offers."""
 MAX_INLINE_BYTES = 16 * 1024
@@ -170,12 +172,14 @@ class Geometry(msgspec.Struct, frozen=True, tag="g"):
 class Attach(msgspec.Struct, frozen=True, tag="attach"):
     """Client → worker, first on every connection: begin a session, or go on with one whose connection broke.
 
-    `session` is the client's to choose, unguessable; `received` is how many of the worker's messages it has.
+    `session` is the client's to choose, unguessable; `received` is how many of the worker's messages it has. So do
+    workers attach to one another to deliver; `device` then is the caller's own number in the lease.
     """
 
     session: Nonce
     resumes: bool = False
     received: Count = 0
+    device: Annotated[int, Meta(ge=0, lt=MAX_LEASE_DEVICES)] = 0
 
 
 class Attached(msgspec.Struct, frozen=True, tag="attached"):
@@ -425,7 +429,7 @@ class Acquire(msgspec.Struct, frozen=True, tag="acquire"):
     """Client → broker: a lease on `devices` devices, each whole or (`memory_bytes` > 0) a part by memory."""
 
     owner: Name
-    devices: Annotated[int, Meta(ge=1, le=1024)] = 1
+    devices: Annotated[int, Meta(ge=1, le=MAX_LEASE_DEVICES)] = 1
     memory_bytes: Size = 0
     wait_s: Seconds = 0.0
 
@@ -452,7 +456,7 @@ class Granted(msgspec.Struct, frozen=True, tag="granted"):
     """Broker → client: the lease is yours; one worker for each device."""
 
     lease: Name
-    workers: Annotated[list[WorkerAddress], Meta(max_length=1024)]
+    workers: Annotated[list[WorkerAddress], Meta(max_length=MAX_LEASE_DEVICES)]
 
 
 class Reattach(msgspec.Struct, frozen=True, tag="reattach"):
@@ -499,7 +503,7 @@ class LeaseStatus(msgspec.Struct, frozen=True):
     owner: Name
     state: Name
     reason: Text
-    devices: Annotated[list[Count], Meta(max_length=1024)]
+    devices: Annotated[list[Count], Meta(max_length=MAX_LEASE_DEVICES)]
     memory_bytes: Size
     used_bytes: Size
     created: Text
@@ -569,7 +573,7 @@ class Introduce(msgspec.Struct, frozen=True, tag="introduce"):
 
     worker: Count
     own: Count
-    peers: Annotated[list[PeerAddress], Meta(max_length=1024)]
+    peers: Annotated[list[PeerAddress], Meta(max_length=MAX_LEASE_DEVICES)]
 
 
 class WorkerReport(msgspec.Struct, frozen=True, tag="worker-report"):
@@ -595,7 +599,8 @@ Greeting = Challenge | Hello | Welcome | Refused
 ToWorker = Attach | Batch | Received | EndSession
 FromWorker = Attached | Data | Results | Usage | Done | Failed | Received | Refused
 ToBroker = Acquire | Reattach | Heartbeat | Release | GetStatus | Join
-ToPeer = Deliver | Withhold
+ToPeer = Attach | Deliver | Withhold
+FromPeer = Attached | Received | Refused
 FromBroker = Waiting | Granted | Heartbeat | LeaseEnded | Status | Refused
 ToHost = Joined | Heartbeat | StartWorker | EndWorker | Introduce | Refused
 FromHost = Heartbeat | WorkerReport | WorkerEnded
@@ -609,15 +614,24 @@ _decoders = {
     "to-worker": msgspec.msgpack.Decoder(ToWorker),
     "from-worker": msgspec.msgpack.Decoder(FromWorker),
     "to-peer": msgspec.msgpack.Decoder(ToPeer),
+    "from-peer": msgspec.msgpack.Decoder(FromPeer),
     "to-broker": msgspec.msgpack.Decoder(ToBroker),
     "from-broker": msgspec.msgpack.Decoder(FromBroker),
     "to-host": msgspec.msgpack.Decoder(ToHost),
     "from-host": msgspec.msgpack.Decoder(FromHost),
 }
 Direction = Literal[
-    "greeting", "to-worker", "from-worker", "to-peer", "to-broker", "from-broker", "to-host", "from-host"
+    "greeting",
+    "to-worker",
+    "from-worker",
+    "to-peer",
+    "from-peer",
+    "to-broker",
+    "from-broker",
+    "to-host",
+    "from-host",
 ]
-Message = Greeting | ToWorker | FromWorker | ToPeer | ToBroker | FromBroker | ToHost | FromHost
+Message = Greeting | ToWorker | FromWorker | ToPeer | FromPeer | ToBroker | FromBroker | ToHost | FromHost
 
 
 def encode(message: Message, payload_bytes: int = 0) -> bytes:

@@ -100,7 +100,7 @@ class Worker:
         self.security = tls.listener(orders.tls)
         self.listener = transport.listen(orders.bind, 0)
         self.peers = (
-            Peers(orders.peer_token, orders.bind, self.memory, self.torch_version, orders.tls)
+            Peers(orders.peer_token, orders.bind, self.memory, self.torch_version, orders.tls, orders.grace_s)
             if orders.peer_token
             else None
         )
@@ -108,7 +108,7 @@ class Worker:
     def report(self) -> Report:
         """Return how this worker is."""
         if self.peers is not None:
-            self.peers.expire()
+            self.peers.arrivals.expire()
         return Report(
             self.listener.getsockname()[1],
             self.torch_version,
