@@ -14,6 +14,7 @@ from millpond.pool.lease import Lease
 from pool_site import DEADLINE_S, GIB, BrokerProcess, frame, greet, is_hung_up, wait_for
 
 FLAT_BYTES = 16 * 2**20
+SESSION = b"what eve's host calls its part"
 DEVICE = wire.HostDevice("GPU", "cuda:0", 8 * GIB)
 REPORT = wire.WorkerReport(0, 1, 7071, 0, 0, 0.0)
 
@@ -47,9 +48,11 @@ def read(sock, direction: wire.Direction = "to-host") -> wire.Message:
 @contextlib.contextmanager
 def joined_host(broker: BrokerProcess, name: str = "eve") -> Iterator:
     with greet(broker) as sock:
-        sock.sendall(wire.encode(wire.Join(name, [DEVICE])))
+        sock.sendall(wire.encode(wire.Join(name, [DEVICE], SESSION)))
         assert isinstance(read(sock), wire.Joined)
         yield sock
+        with contextlib.suppress(OSError):
+            sock.sendall(wire.encode(wire.Leave()))  # else it might come back, for three seconds
 
 
 def test_a_client_can_say_nothing_that_a_host_says(broker):
@@ -60,7 +63,7 @@ def test_a_client_can_say_nothing_that_a_host_says(broker):
 
 
 def test_a_host_can_say_nothing_that_a_client_says(broker):
-    for message in (wire.Acquire("eve"), wire.GetStatus(), wire.Release(), wire.Join("eve", [DEVICE])):
+    for message in (wire.Acquire("eve"), wire.GetStatus(), wire.Release(), wire.Join("eve", [DEVICE], SESSION)):
         with joined_host(broker) as sock:
             sock.sendall(wire.encode(message))
             assert is_hung_up(sock)
@@ -69,7 +72,7 @@ def test_a_host_can_say_nothing_that_a_client_says(broker):
 
 def test_a_client_with_a_lease_cannot_become_a_host(broker):
     with greet(broker) as sock:
-        sock.sendall(wire.encode(wire.Acquire("eve", wait_s=1e6)) + wire.encode(wire.Join("eve", [DEVICE])))
+        sock.sendall(wire.encode(wire.Acquire("eve", wait_s=1e6)) + wire.encode(wire.Join("eve", [DEVICE], SESSION)))
         assert is_hung_up(sock)
 
 
@@ -84,20 +87,40 @@ def test_a_client_with_a_lease_cannot_become_a_host(broker):
         {"name": "eve", "devices": [{"name": "GPU", "torch_name": "cuda:0", "memory_bytes": 2**63}]},
         {"name": "eve", "devices": [{"name": "G" * 129, "torch_name": "cuda:0", "memory_bytes": 1}]},
         {"name": "eve", "devices": "all"},
+        {"name": "eve", "devices": [DEVICE], "session": b"short"},
     ],
 )
 def test_an_offer_that_makes_no_sense_ends_the_connection(broker, fields):
     with greet(broker) as sock:
-        sock.sendall(frame(msgspec.msgpack.encode({"type": "join", **fields})))
+        sock.sendall(frame(msgspec.msgpack.encode({"type": "join", "session": SESSION, **fields})))
         assert is_hung_up(sock)
 
 
 def test_a_host_cannot_take_the_name_of_the_brokers_own(broker):
     with greet(broker) as sock:
-        sock.sendall(wire.encode(wire.Join(broker.status().devices[0].host, [DEVICE])))
+        sock.sendall(wire.encode(wire.Join(broker.status().devices[0].host, [DEVICE], SESSION)))
         refused = read(sock)
         assert isinstance(refused, wire.Refused)
         assert "is in the pool already" in refused.message
+
+
+def test_a_host_is_come_back_as_only_by_who_knows_what_it_calls_its_part(broker):
+    own = broker.status().devices[0].host
+    with joined_host(broker) as good:
+        for name, session in (("eve", b"g" * 16), ("eve", b"g" * len(SESSION)), (own, SESSION)):
+            with greet(broker) as sock:
+                sock.sendall(wire.encode(wire.Join(name, [DEVICE], session, resumes=True)))
+                assert isinstance(read(sock), wire.Refused)
+        good.sendall(wire.encode(wire.Heartbeat()))
+        assert isinstance(read(good), wire.Heartbeat)
+
+
+def test_workers_that_a_host_makes_up_are_ended_and_too_many_end_its_part(broker, unharmed):
+    with joined_host(broker) as sock:
+        sock.sendall(wire.encode(wire.Running([0, 7, 2**62])))
+        assert {read(sock).worker for _ in range(3)} == {0, 7, 2**62}  # ann's may be one of them
+        sock.sendall(wire.encode(wire.Running([1] * (wire.MAX_HOST_WORKERS + 1))))
+        assert is_hung_up(sock)
 
 
 def test_what_a_host_says_of_workers_that_are_not_its_own_is_not_heeded(broker, unharmed):
@@ -148,7 +171,7 @@ def test_a_host_that_starts_no_worker_is_given_up_on(monkeypatch):
     monkeypatch.setattr(joined, "SILENT_WORKER_S", 0.1)
 
     async def run(reports: int) -> str:
-        host = joined.JoinedHost("gpu-2", Writer(), 0.0)  # type: ignore[arg-type]
+        host = joined.JoinedHost("gpu-2", SESSION, Writer(), 0.0)  # type: ignore[arg-type]
         heard = []
         start = wire.StartWorker(0, "lease-1", "cpu", 1, "token", "", 30.0)
         running = asyncio.create_task(host.run_worker(start, heard.append))

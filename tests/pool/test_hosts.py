@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import psutil
 import pytest
 
 from millpond.pool.lease import Lease
+from pool.relay import Relay
 from pool_site import DEADLINE_S, GIB, BrokerProcess, HostProcess, wait_for
 
 MILLPOND = [sys.executable, "-m", "millpond", "pool"]
@@ -96,6 +98,146 @@ def test_a_lost_host_fails_its_leases_and_only_those_and_comes_back_with_the_sam
         join("gpu-2")
         assert hosts(site) == [(0, OWN), (1, "gpu-2"), (2, "gpu-3")]
     assert second.process.poll() is None
+
+
+@pytest.fixture
+def relay(site: BrokerProcess) -> Iterator[Relay]:
+    """The way of hosts to the broker."""
+    started = Relay(site.port)
+    yield started
+    started.go_on()
+    started.down()
+
+
+def by(relay: Relay) -> dict[str, str]:
+    return {"MILLPOND_POOL_ADDRESS": f"127.0.0.1:{relay.port}"}
+
+
+def test_a_lease_on_a_host_outlives_breaks_of_its_connection_to_the_broker(site, join, relay):
+    host = join(**by(relay))
+    with site.acquire(memory_bytes=8 * GIB) as lease:
+        (worker,) = host.workers()
+        for number in range(1, 4):
+            relay.cut()
+            wait_for(lambda number=number: host.log.read_text().count("back with the broker after") == number)
+            assert lease.keep() == ""
+        assert site.lease_status(lease.granted.lease).state == "active"
+        assert host.workers() == [worker]
+    wait_for(lambda: not host.workers())
+    assert [device.free_bytes for device in site.status().devices] == [4 * GIB, 8 * GIB]
+
+
+def test_both_ends_agree_again_on_what_became_of_workers_while_they_were_apart(site, join, relay):
+    host = join("gpu-2", "serves:8", "serves:16", "serves:32", **by(relay))
+    given_back = site.acquire(memory_bytes=8 * GIB, owner="ann")
+    with (
+        site.acquire(memory_bytes=16 * GIB, owner="bob") as killed,
+        site.acquire(memory_bytes=32 * GIB, owner="cid") as kept,
+    ):
+        relay.down()
+        wait_for(lambda: "the connection of host gpu-2 broke" in site.log.read_text())
+        given_back.release()
+        os.kill(killed.granted.workers[0].pid, signal.SIGKILL)
+        wait_for(lambda: len(host.workers()) == 2)
+        assert site.status().devices[1].free_bytes == 0  # its worker may still run
+        relay.up()
+        assert "was ended by SIGKILL" in wait_lost(killed)
+        wait_for(lambda: [process.pid for process in host.workers()] == [kept.granted.workers[0].pid])
+        wait_for(lambda: [device.free_bytes // GIB for device in site.status().devices] == [4, 8, 16, 0])
+        assert kept.keep() == ""
+
+
+def test_a_worker_that_is_wanted_while_its_host_is_apart_starts_when_that_is_back(site, join, relay):
+    join(**by(relay))
+    relay.hold()  # the broker does not know yet
+    with contextlib.ExitStack() as stack:
+        process = subprocess.Popen([*MILLPOND, "run", "--memory", "8GiB", "--", "true"], env=site.environ)
+        stack.callback(process.wait, DEADLINE_S)
+        wait_for(lambda: "granted" in {lease.state for lease in site.status().leases})
+        relay.cut()
+        relay.go_on()
+        assert process.wait(DEADLINE_S) == 0
+
+
+@pytest.mark.slow
+def test_a_host_that_is_apart_for_longer_than_the_grace_ends_its_workers_and_fails_its_leases(tmp_path):
+    site = BrokerProcess(tmp_path / "pool", "serves:4", MILLPOND_POOL_GRACE_S="4", MILLPOND_POOL_HEARTBEAT_S="1")
+    relay = Relay(site.port)
+    host = HostProcess(site, "gpu-2", "serves:8", **by(relay))
+    try:
+        with site.acquire(memory_bytes=8 * GIB) as lease:
+            workers = host.workers()
+            relay.hold()
+            assert "is lost with its host gpu-2: nothing was heard of it for" in wait_lost(lease)
+            assert not psutil.wait_procs(workers, 40)[1]
+            relay.go_on()
+        wait_for(lambda: hosts(site) == [(0, OWN), (1, "gpu-2")], 40)
+    finally:
+        host.close()
+        relay.down()
+        site.close()
+
+
+@pytest.mark.slow
+def test_a_host_that_is_killed_fails_its_leases_within_ten_seconds(site, join):
+    host = join()
+    with site.acquire(memory_bytes=8 * GIB) as lease:
+        host.kill()
+        assert "is lost with its host gpu-2: its connection broke" in wait_lost(lease, 10)
+
+
+TRAIN = """
+import sys, torch
+torch.manual_seed(5)
+x, y = torch.randn(64, 8), torch.randn(64, 1)
+model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1)).to(sys.argv[1])
+optimizer = torch.optim.Adam(model.parameters())
+for line in sys.stdin:
+    loss = torch.nn.functional.mse_loss(model(x.to(sys.argv[1])), y.to(sys.argv[1]))
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    print(loss.item(), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_training_on_a_joined_host_does_not_notice_that_the_broker_is_out_of_reach(tmp_path):
+    broker = BrokerProcess(tmp_path / "pool", "serves:1", MILLPOND_POOL_MEMORY="2GiB", MILLPOND_POOL_HEARTBEAT_S="1")
+    relay = Relay(broker.port)
+    host = HostProcess(broker, "gpu-2", **by(relay))
+    training, pipe = [sys.executable, "-c", TRAIN], subprocess.PIPE
+    try:
+        local = subprocess.run(
+            [*training, "cpu"], input="\n" * 20, capture_output=True, text=True, check=True, timeout=60
+        )
+        run = [*MILLPOND, "run", "--memory", "1.5GiB", "--", *training, "cuda"]
+        with subprocess.Popen(run, env=broker.environ, stdin=pipe, stdout=pipe, text=True) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            losses = []
+
+            def step() -> None:
+                process.stdin.write("\n")
+                process.stdin.flush()
+                losses.append(float(process.stdout.readline()))
+
+            step()
+            relay.hold()
+            for _ in range(1, 20):
+                held = time.monotonic()
+                step()
+                wait_for(lambda held=held: time.monotonic() - held > 0.25)
+            relay.go_on()
+            process.stdin.close()
+            assert process.wait(DEADLINE_S) == 0
+        assert losses == pytest.approx([float(line) for line in local.stdout.split()], abs=1e-6)
+        (lease,) = broker.status().leases
+        assert (lease.devices, lease.state) == ([1], "released")
+    finally:
+        host.close()
+        relay.down()
+        broker.close()
 
 
 @pytest.mark.slow

@@ -75,6 +75,21 @@ def test_a_device_stays_taken_until_the_workers_are_gone():
     assert started(scheduler.workers_gone(2, "a")) == ["b"]
 
 
+def test_a_host_that_is_out_of_reach_keeps_what_it_has_and_is_given_nothing_until_it_is_back():
+    scheduler = Scheduler([Device(0, "GPU", "cuda:0", 8 * GIB, "near")], grace_s=8.0)
+    scheduler.host_joined(0, [Device(1, "GPU", "cuda:0", 8 * GIB, "far")])
+    assert started(scheduler.request(0, "a", "ann", part_bytes=GIB)) == ["a"]
+    assert started(scheduler.request(0, "b", "bob")) == ["b"]
+    activate(scheduler, 0, "b")
+    scheduler.host_away("far")
+    assert scheduler.leases["b"].is_live
+    scheduler.end(1, "b", "released", "")
+    scheduler.workers_gone(1, "b")
+    assert not started(scheduler.request(2, "c", "cid", wait_s=9))
+    assert "out of reach now: host far" in scheduler.leases["c"].reason
+    assert started(scheduler.host_back(3, "far")) == ["c"]
+
+
 def test_nobody_passes_the_one_who_waits_longest():
     scheduler = pool(8)
     scheduler.request(0, "a", "ann", part_bytes=4 * GIB)

@@ -63,6 +63,7 @@ def test_the_limits_are_those_of_the_code():
     assert f"`data` (≤ {wire.MAX_INLINE_BYTES // 1024} KiB)" in PAGE
     assert f"`PROTOCOL` (now {wire.PROTOCOL})" in PAGE
     text = " ".join(PAGE.split())
+    assert wire.MAX_HOST_DEVICES * scheduler.MAX_PARTS == wire.MAX_HOST_WORKERS
     assert f"at most {wire.MAX_HOST_DEVICES} a host, and {broker.MAX_HOSTS} hosts" in text
     assert f"in parts of at most {peers.CHUNK_BYTES // 2**20} MiB" in text
     assert f"At most {arrivals.MAX_ARRIVALS:,} deliveries wait at a worker" in text

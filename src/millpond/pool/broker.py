@@ -158,11 +158,11 @@ class Broker:
                     for known in self.scheduler.leases.values():
                         self.scheduler.client_heard(now, known.id)
                     for host in self._joined():
-                        host.heard = now
+                        host.was_held_up(now)
                 last = now
                 for host in self._joined():
-                    if now - host.heard > self.settings.grace_s:
-                        host.hang_up()
+                    if why := host.why_lost(now, self.settings.grace_s):
+                        self._lose_host(host, why)
                 self._carry_out(self.scheduler.tick(now))
         finally:
             server.close()
@@ -175,6 +175,8 @@ class Broker:
     async def _end_all(self) -> None:
         for known in [known for known in self.scheduler.leases.values() if known.is_live]:
             self._end(known, "failed", "the broker was stopped")
+        for host in self._joined():
+            self._lose_host(host, "the broker was stopped")
         for writer in [*self._greeting, *self._clients]:
             writer.close()
         if self._tasks:
@@ -300,34 +302,53 @@ class Broker:
         return [host for host in self.hosts.values() if isinstance(host, JoinedHost)]
 
     async def _keep_host(self, client: Client, join: wire.Join, reader: asyncio.StreamReader) -> None:
-        """Lend a host's devices for as long as its connection stands."""
+        """Lend a host's devices, new ones or those of one that has come back, for as long as its connection stands."""
         if client.lease is not None:
             raise WireError("a connection is a client's or a host's")
-        if join.name in self.hosts:
+        known = self.hosts.get(join.name)
+        if isinstance(known, JoinedHost) and join.resumes and hmac.compare_digest(known.session, join.session):
+            known.come_back(client.writer, self.now())
+            log.info("host %s is back from %s", known.name, _peer(client.writer))
+            known.send(wire.Joined(resumed=True))
+            self._carry_out(self.scheduler.host_back(self.now(), known.name))
+            await self._attend_host(known, client.writer, reader)
+            return
+        if known is not None:
             client.send(wire.Refused("busy", f"host {join.name} is in the pool already. Join as another: --name."))
             return
         if len(self.hosts) > MAX_HOSTS:
             client.send(wire.Refused("busy", f"{MAX_HOSTS} hosts have joined already."))
             return
-        host = self.hosts[join.name] = JoinedHost(join.name, client.writer, self.now())
+        host = self.hosts[join.name] = JoinedHost(join.name, join.session, client.writer, self.now())
         log.info("host %s joined from %s with %d device(s)", host.name, _peer(client.writer), len(join.devices))
-        why = "its connection broke"
+        host.send(wire.Joined())
+        self._carry_out(self.scheduler.host_joined(self.now(), self._devices_of(join)))
+        await self._attend_host(host, client.writer, reader)
+
+    async def _attend_host(self, host: JoinedHost, writer: asyncio.StreamWriter, reader: asyncio.StreamReader) -> None:
+        """Take in what a host says over a connection, until that ends; it may come back over another."""
         try:
-            host.send(wire.Joined())
-            self._carry_out(self.scheduler.host_joined(self.now(), self._devices_of(join)))
-            while True:
-                host.take(await _receive(reader, "from-host"))
-                host.heard = self.now()
+            while host.is_served_by(writer):
+                message = await _receive(reader, "from-host")
+                if isinstance(message, wire.Leave):
+                    self._lose_host(host, "it has left")
+                else:
+                    host.take(message)
+                    host.heard = self.now()
         except WireError as error:
-            why = f"it sent what it may not: {error}"[:1000]
-        except (OSError, EOFError):
-            if (silent_s := self.now() - host.heard) > self.settings.grace_s:
-                why = f"nothing was heard of it for {silent_s:.0f} s"
-        finally:
-            log.warning("host %s is lost: %s", host.name, why)
-            del self.hosts[host.name]
-            self._carry_out(self.scheduler.host_lost(self.now(), host.name))
-            host.lose(why)
+            if host.is_served_by(writer):
+                self._lose_host(host, f"it sent what it may not: {error}"[:1000])
+        except (OSError, EOFError) as error:
+            if host.is_served_by(writer):
+                log.warning("the connection of host %s broke; it may come back", host.name)
+                host.note_break(error, self.now())
+                self.scheduler.host_away(host.name)
+
+    def _lose_host(self, host: JoinedHost, why: str) -> None:
+        log.warning("host %s is lost: %s", host.name, why)
+        del self.hosts[host.name]
+        self._carry_out(self.scheduler.host_lost(self.now(), host.name))
+        host.lose(why)
 
     def _devices_of(self, join: wire.Join) -> list[Device]:
         return [

@@ -59,7 +59,7 @@ class _Running:
 
     def __init__(self) -> None:
         self.process: asyncio.subprocess.Process | None = None
-        self.unwanted = False
+        self.unwanted = self.introduced = False
 
     def kill(self) -> None:
         """End the process, and what it has started; or see to it that it ends as soon as it is there."""
@@ -109,9 +109,12 @@ class OwnHost:
             del self._running[start.worker]
 
     def introduce(self, introduce: wire.Introduce) -> None:
-        """Tell a worker who its peers are."""
+        """Tell a worker who its peers are, once: a broker that cannot know whether it was heard says it again."""
         running = self._running.get(introduce.worker)
-        if running is not None and running.process is not None and running.process.stdin is not None:
+        if running is None or running.introduced:
+            return
+        if running.process is not None and running.process.stdin is not None:
+            running.introduced = True
             introduction = Introduction(introduce.own, introduce.peers)
             running.process.stdin.write(msgspec.json.encode(introduction) + b"\n")
 

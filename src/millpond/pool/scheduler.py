@@ -108,6 +108,8 @@ class Scheduler:
     leases: dict[str, Lease] = field(default_factory=dict)
     _holders: dict[str, Lease] = field(default_factory=dict)
     """Leases whose devices are taken: live ones, and ended ones whose workers are not gone yet."""
+    _away: set[str] = field(default_factory=set)
+    """Hosts that cannot be reached now; they keep what they have, and are given nothing."""
 
     def host_joined(self, now: float, devices: Sequence[Device]) -> list[Decision]:
         """Lend the devices of one more host too."""
@@ -117,6 +119,16 @@ class Scheduler:
     def host_lost(self, now: float, host: str) -> list[Decision]:
         """Lend a host's devices no more; the leases on them end when their workers do (`end`)."""
         self.devices = [device for device in self.devices if device.host != host]
+        self._away.discard(host)
+        return self._place(now)
+
+    def host_away(self, host: str) -> None:
+        """Give a host nothing until it is back: its connection broke."""
+        self._away.add(host)
+
+    def host_back(self, now: float, host: str) -> list[Decision]:
+        """Note that a host can be reached again."""
+        self._away.discard(host)
         return self._place(now)
 
     def request(
@@ -246,7 +258,9 @@ class Scheduler:
         fitting = [
             device
             for device in self.devices
-            if self.free_bytes(device) >= lease.bytes_on(device) and len(self._on(device)) < MAX_PARTS
+            if device.host not in self._away
+            and self.free_bytes(device) >= lease.bytes_on(device)
+            and len(self._on(device)) < MAX_PARTS
         ]
         fitting.sort(key=lambda device: (self.free_bytes(device), device.index))
         of_host: dict[str, list[Device]] = {}
@@ -259,6 +273,7 @@ class Scheduler:
     def _obstacle(self) -> str:
         holders = {device.index: [lease.owner for lease in self._on(device)] for device in self.devices}
         held = [f"device {index} by {', '.join(owners)}" for index, owners in holders.items() if owners]
+        held += [f"out of reach now: host {host}" for host in sorted(self._away)]
         return f"held: {'; '.join(held)}"[:1000] if held else "a host has left the pool, and too few devices remain"
 
     def _give_up(self, now: float, lease: Lease) -> list[Decision]:

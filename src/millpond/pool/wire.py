@@ -40,6 +40,8 @@ MAX_LEASE_DEVICES = 1024
 """Devices of one lease."""
 MAX_HOST_DEVICES = 16
 """Devices that one host offers."""
+MAX_HOST_WORKERS = 512
+"""Workers that one host runs: 32 on each device."""
 MAX_INLINE_BYTES = 16 * 1024
 """Largest tensor that travels inside a batch instead of as a payload."""
 CLOSED_S = 3.0
@@ -531,14 +533,31 @@ class HostDevice(msgspec.Struct, frozen=True):
 
 
 class Join(msgspec.Struct, frozen=True, tag="join"):
-    """Host → broker: here are devices to lend. From here on the connection is a host's."""
+    """Host → broker: here are devices to lend. From here on the connection is a host's.
+
+    `session` is the host's to choose, unguessable. One whose connection broke comes back by it: `resumes`.
+    """
 
     name: Annotated[str, Meta(min_length=1, max_length=64)]
     devices: Annotated[list[HostDevice], Meta(min_length=1, max_length=MAX_HOST_DEVICES)]
+    session: Nonce
+    resumes: bool = False
 
 
 class Joined(msgspec.Struct, frozen=True, tag="joined"):
-    """Broker → host: its devices are in the pool."""
+    """Broker → host: its devices are in the pool; whether its part goes on, and its workers with it."""
+
+    resumed: bool = False
+
+
+class Running(msgspec.Struct, frozen=True, tag="running"):
+    """Host → broker, once it has come back: these workers run. What else the broker said meanwhile, it says again."""
+
+    workers: Annotated[list[Count], Meta(max_length=MAX_HOST_WORKERS)]
+
+
+class Leave(msgspec.Struct, frozen=True, tag="leave"):
+    """Host → broker: it lends its devices no more."""
 
 
 class StartWorker(msgspec.Struct, frozen=True, tag="start-worker"):
@@ -603,7 +622,7 @@ ToPeer = Attach | Deliver | Withhold
 FromPeer = Attached | Received | Refused
 FromBroker = Waiting | Granted | Heartbeat | LeaseEnded | Status | Refused
 ToHost = Joined | Heartbeat | StartWorker | EndWorker | Introduce | Refused
-FromHost = Heartbeat | WorkerReport | WorkerEnded
+FromHost = Heartbeat | Running | WorkerReport | WorkerEnded | Leave
 
 PREFIX = struct.Struct("!IQ")
 """Lengths of header and payload."""
