@@ -463,6 +463,59 @@ def test_pinned_batches_reach_the_device():
 
 
 @on_device
+def test_the_device_module_has_what_programs_ask_that_of_any_device_for():
+    from torch.pool.amp import autocast
+    from torch.pool.random import get_rng_state_all
+
+    module = torch.get_device_module(torch.ones(1, device="pool").device)
+    assert module is torch.get_device_module() is torch.pool
+    assert module.__name__ == "torch.pool"
+    module.init()
+    weight = torch.ones(4, 4, device="pool", requires_grad=True)
+    scaler, optimizer = module.amp.GradScaler(init_scale=8.0), torch.optim.SGD([weight], lr=0.25)
+    assert isinstance(scaler, torch.amp.GradScaler)
+    with autocast(dtype=torch.bfloat16):
+        product = weight @ weight
+    assert product.dtype is torch.bfloat16
+    scaler.scale(product.sum()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert torch.equal(weight.detach().cpu(), torch.ones(4, 4) - 0.25 * 8)
+
+    class Double(torch.autograd.Function):
+        @staticmethod
+        @module.amp.custom_fwd(cast_inputs=torch.float32)
+        def forward(ctx, x):
+            assert x.dtype is torch.float32
+            return x * 2
+
+        @staticmethod
+        @module.amp.custom_bwd
+        def backward(ctx, gradient):
+            return gradient * 2
+
+    weight.grad = None
+    with module.amp.autocast():
+        Double.apply(weight.half()).sum().backward()
+    assert weight.grad.sum().item() == 32
+
+    module.random.manual_seed_all(3)
+    states = get_rng_state_all()
+    drawn = torch.rand(3, device="pool").cpu()
+    module.random.set_rng_state_all(states)
+    assert torch.equal(torch.rand(3, device="pool").cpu(), drawn)
+
+    before = module.memory.memory_allocated()
+    held = torch.zeros(1000, device="pool")
+    assert module.memory.memory_allocated() - before == 4000 == held.nbytes
+    nested = module.memory.memory_stats_as_nested_dict()
+    assert nested["allocated_bytes"]["all"]["current"] == module.memory_stats()["allocated_bytes.all.current"]
+    module.memory.empty_cache()
+    assert isinstance(module.current_stream(), module.streams.Stream)
+    assert module.exchange_device(0) == 0
+
+
+@on_device
 def test_what_is_made_in_pinned_memory_is_the_hosts_and_says_so():
     import pickle
 

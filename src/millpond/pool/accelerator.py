@@ -6,6 +6,8 @@ PyTorch asks its own C++ for these, which knows no allocator, stream or event of
 from __future__ import annotations
 
 import functools
+import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -16,10 +18,21 @@ from millpond.pool.tensors import DEVICE
 
 _MEMORY = """empty_cache memory_stats memory_allocated max_memory_allocated memory_reserved max_memory_reserved
 reset_accumulated_memory_stats reset_peak_memory_stats"""
+_MORE_MEMORY = """mem_get_info memory_summary memory_cached max_memory_cached reset_max_memory_allocated
+reset_max_memory_cached memory_stats_as_nested_dict host_memory_stats get_allocator_backend
+get_per_process_memory_fraction set_per_process_memory_fraction"""
 
 
-def install(meant: Callable[[Any], Any]) -> None:
-    """Put all of them in place. `meant` maps a device to the pool's."""
+_RANDOM = """get_rng_state get_rng_state_all set_rng_state set_rng_state_all manual_seed manual_seed_all seed seed_all
+initial_seed"""
+
+
+def install(module: Any, meant: Callable[[Any], Any]) -> None:
+    """Put all of them in place. `module` is `torch.pool`; `meant` maps a device to the pool's."""
+    _add_part(module, "memory", {name: getattr(module, name) for name in f"{_MEMORY} {_MORE_MEMORY}".split()})
+    _add_part(module, "random", {name: getattr(module, name) for name in _RANDOM.split()})
+    _add_part(module, "streams", {name: getattr(cuda_runtime, name) for name in ("Stream", "Event")})
+    _add_part(module, "amp", {"autocast": Autocast, "GradScaler": Scaler, **_CUSTOM})
     owners: list[Any] = [torch.accelerator, torch.accelerator.memory]
     replaced = {name: getattr(cuda_runtime, name) for name in _MEMORY.split()}
     replaced.update(get_memory_info=cuda_runtime.mem_get_info, empty_host_cache=lambda: None)
@@ -39,6 +52,33 @@ def install(meant: Callable[[Any], Any]) -> None:
             record_stream(tensor, stream)
 
     torch.Tensor.record_stream = record  # type: ignore[method-assign,assignment]
+
+
+class Autocast(torch.amp.autocast_mode.autocast):
+    """`torch.autocast` for the pool device: `torch.pool.amp.autocast`."""
+
+    def __init__(self, enabled: bool = True, dtype: torch.dtype | None = None, cache_enabled: bool = True) -> None:
+        super().__init__(DEVICE, dtype=dtype, enabled=enabled, cache_enabled=cache_enabled)
+
+
+class Scaler(torch.amp.grad_scaler.GradScaler):
+    """`torch.amp.GradScaler` for the pool device: `torch.pool.amp.GradScaler`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(DEVICE, *args, **kwargs)
+
+
+_CUSTOM = {
+    name: functools.partial(getattr(torch.amp, name), device_type=DEVICE) for name in ("custom_fwd", "custom_bwd")
+}
+
+
+def _add_part(module: Any, name: str, contents: dict[str, Any]) -> None:
+    """Give `torch.pool` a module of its own, as `torch.cuda` has it, that can be imported."""
+    part = types.ModuleType(f"torch.{DEVICE}.{name}", f"As `torch.cuda.{name}`, for the pool device.")
+    vars(part).update(contents)
+    setattr(module, name, part)
+    sys.modules[part.__name__] = part
 
 
 def get_device_capability(device: Any = None, /) -> dict[str, Any]:

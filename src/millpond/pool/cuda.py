@@ -58,7 +58,7 @@ def install(library: torch.library.Library, module: Any) -> None:
     generators.install(meant, shown, module.session)
     autocast.install(library)
     cuda_runtime.install(module, meant, shown)
-    accelerator.install(meant)
+    accelerator.install(module, meant)
     late.install()
     torch.jit.load = _loading(torch.jit.load)
 

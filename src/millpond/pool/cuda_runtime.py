@@ -236,6 +236,29 @@ def memory_stats(device: Any = None) -> dict[str, int]:
     return stats
 
 
+def memory_stats_as_nested_dict(device: Any = None) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for name, value in memory_stats(device).items():
+        *path, last = name.split(".")
+        inner = nested
+        for part in path:
+            inner = inner.setdefault(part, {})
+        inner[last] = value
+    return nested
+
+
+def host_memory_stats() -> dict[str, int]:
+    """Return nothing: pinned memory is as any other of the host's here."""
+    return {}
+
+
+def reset_peak_host_memory_stats() -> None:
+    """Do nothing: nothing is counted."""
+
+
+reset_accumulated_host_memory_stats = reset_peak_host_memory_stats
+
+
 def memory_summary(device: Any = None, abbreviated: bool = False) -> str:
     usage = _pool.usage(_index(device))
     return (

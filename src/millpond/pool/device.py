@@ -57,6 +57,8 @@ class _Current(threading.local):
 class DeviceModule:
     """`torch.pool`: what PyTorch and programs ask of a device."""
 
+    __name__ = f"torch.{DEVICE}"
+
     def __init__(self, lease: str, workers: list[wire.WorkerAddress]) -> None:
         self.lease = lease
         self.workers = workers
@@ -138,6 +140,9 @@ class DeviceModule:
     def is_initialized(self) -> bool:
         """Return True: a connection is made when it is needed."""
         return True
+
+    def init(self) -> None:
+        """Do nothing: see `is_initialized`."""
 
     def _is_in_bad_fork(self) -> bool:
         return bool(self._sessions) and os.getpid() != self._process
