@@ -216,6 +216,43 @@ assert look_up(good).shape == (2, 2)
     )
 
 
+def test_a_run_that_does_not_fit_changes_nothing_and_the_graph_runs_again_once_it_does(worker):
+    run(
+        worker,
+        """
+@torch.compile
+def step(x, running):
+    running.add_(1)
+    y = torch.cat([x, x, x, x]) * 2
+    return y.mean() + running
+
+x, running = torch.ones(2**24).to("pool"), torch.zeros(1).to("pool")  # 64 MiB: a run needs 512
+for _ in range(2):
+    step(x, running).item()
+assert items(step, x, running)[0] == {"Run": 1}
+held = torch.empty(700 * 2**18, device="pool")
+used = torch.pool.memory_allocated()
+late = step(x, running)
+try:
+    late.item()
+except torch.OutOfMemoryError as error:
+    assert "Pool device out of memory. Tried to allocate 5" in str(error), error
+    assert "issued at" in str(error), error
+else:
+    raise SystemExit("no error")
+del late
+assert running.item() == 3
+assert torch.pool.memory_allocated() == used
+assert (x[:9] * 2).sum().item() == 18
+del held
+seen, total = items(step, x, running)
+assert seen == {"Run": 1}, seen
+assert (total.item(), running.item()) == (6, 4)
+assert torch.pool.memory_allocated() < 2**27
+""",
+    )
+
+
 def test_memory_is_flat_over_many_captured_steps_and_models(worker):
     run(
         worker,
