@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 import subprocess
@@ -93,37 +94,33 @@ for line in sys.stdin:
 """
 
 
+def device(log: Path) -> Iterator[DeviceProcess]:
+    """A process with a pool device of 1 GiB, until both are no longer needed."""
+    with contextlib.closing(WorkerProcess(log=log)) as worker, contextlib.closing(DeviceProcess(worker)) as process:
+        yield process
+
+
 @pytest.fixture(scope="session")
 def device_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DeviceProcess]:
-    """A process with a pool device of 1 GiB, shared by all tests that run functions there."""
-    worker = WorkerProcess(log=tmp_path_factory.mktemp("worker") / "worker.log")
-    process = DeviceProcess(worker)
-    yield process
-    process.close()
-    worker.close()
+    """A process with a pool device, shared by all tests that run functions there."""
+    yield from device(tmp_path_factory.mktemp("worker") / "worker.log")
 
 
 @pytest.fixture(scope="session")
 def cuda_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DeviceProcess]:
     """The same for tests that say `cuda`: a program that has is shown no other name."""
-    worker = WorkerProcess(log=tmp_path_factory.mktemp("worker") / "worker.log")
-    process = DeviceProcess(worker)
-    yield process
-    process.close()
-    worker.close()
+    yield from device(tmp_path_factory.mktemp("worker") / "worker.log")
 
 
 @pytest.fixture(scope="session")
 def two_workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
     """The workers of a lease of two devices, of 1 GiB each."""
-    workers = Workers(log=tmp_path_factory.mktemp("workers") / "worker")
-    yield workers
-    workers.close()
+    with contextlib.closing(Workers(log=tmp_path_factory.mktemp("workers") / "worker")) as workers:
+        yield workers
 
 
 @pytest.fixture(scope="session")
 def two_devices(two_workers: Workers) -> Iterator[DeviceProcess]:
     """A process with the two devices, which says `cuda`."""
-    process = DeviceProcess(two_workers)
-    yield process
-    process.close()
+    with contextlib.closing(DeviceProcess(two_workers)) as process:
+        yield process
