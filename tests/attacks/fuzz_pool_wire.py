@@ -1,11 +1,11 @@
 """Send a worker's end of a session what hostile clients may send: any number of frames, repeatable by a seed.
 
-    python tests/attacks/fuzz_pool_wire.py [--frames 1000000] [--seed 0] [--only SESSION] [--ops REGEX]
+    python tests/attacks/fuzz_pool_wire.py [--frames 1000000] [--seed 0] [--way ops] [--ops REGEX] [--only SESSION]
 
 The frames run in a process of their own, under the limits of a worker, in tensors that end at a guard page: a kernel
 that reads or writes beyond an operand ends the process, which is noted, and the next session goes on in a new one.
-Whatever is not an orderly refusal is printed with the number of its session, and `--only` repeats it. The exit code is
-1 if there was any.
+Whatever is not an orderly refusal is printed with the number of its session, and `--only` repeats it, given the same
+other options. The exit code is 1 if there was any.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import ctypes
 import faulthandler
+import functools
 import mmap
 import multiprocessing
 import os
@@ -131,11 +132,38 @@ class Board:
             return -1, 0, ""
 
 
-def frames_of(seed: int, session: int, recorded: Sequence[Frame]) -> Iterator[Frame]:
-    return pool_frames.session(Random(f"{seed}/{session}"), recorded)
+class Tally:
+    """How often each op was run, and ran to its end: counted by processes that may crash, in memory that does not."""
+
+    def __init__(self) -> None:
+        self.places = {name: place for place, name in enumerate(pool_frames.op_names())}
+        self.counts = memoryview(mmap.mmap(-1, 16 * len(self.places))).cast("Q")
+
+    def count(self, name: str, *, ended: bool) -> None:
+        self.counts[2 * self.places[name] + ended] += 1
+
+    def __str__(self) -> str:
+        started, ended = self.counts[::2].tolist(), self.counts[1::2].tolist()
+        some, whole = (sum(count > 0 for count in counts) for counts in (started, ended))
+        return (
+            f"{sum(started)} times an op was run, {some} of {len(self.places)} ops; "
+            f"{sum(ended)} times to its end, {whole} ops"
+        )
 
 
-def _run(board: Board, seed: int, first: int, last: int, most: int, recorded: Sequence[Frame], log: Path) -> None:
+def frames_of(seed: int, session: int, recorded: Sequence[Frame], way: str | None) -> Iterator[Frame]:
+    return pool_frames.session(Random(f"{seed}/{session}"), recorded, way)
+
+
+def _run(
+    board: Board,
+    tally: Tally,
+    first: int,
+    last: int,
+    most: int,
+    frames: Callable[[int], Iterator[Frame]],
+    log: Path,
+) -> None:
     """Run sessions from `first`, in a process of their own; append what is wrong to the log."""
     with log.open("ab", buffering=0) as file:
         os.dup2(file.fileno(), 2)
@@ -161,15 +189,19 @@ def _run(board: Board, seed: int, first: int, last: int, most: int, recorded: Se
 
     def named(plan: Plan, *arguments: Any) -> Any:
         board.name_op(plan.name)
-        yield from run_plan(plan, *arguments)
-        board.name_op("")
+        tally.count(plan.name, ended=False)
+        try:
+            yield from run_plan(plan, *arguments)
+            tally.count(plan.name, ended=True)
+        finally:
+            board.name_op("")
 
     Plan.run = named  # type: ignore[method-assign]
     with torch.inference_mode():
         for number in range(first, last):
             board.write(number, done, "")
             try:
-                run_session(told(frames_of(seed, number, recorded)), memory)
+                run_session(told(frames(number)), memory)
             except Exception:
                 print(f"SESSION {number}\n{traceback.format_exc()}", file=sys.stderr, flush=True)
                 memory = Memory(LEASE_BYTES)
@@ -183,15 +215,15 @@ def fuzz(
     frames: int,
     seed: int,
     *,
-    recorded: Sequence[Frame] = (),
+    tally: Tally,
+    way: str | None = None,
     only: int | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Iterator[str]:
     """Run `frames` frames; yield what is wrong, each with the session that shows it."""
     torch.set_num_threads(1)
     torch.ones(64, 64).matmul(torch.ones(64, 64))  # what is made at first use is made before the limits
-    recorded = recorded or pool_frames.well_meant()
-    pool_frames.op_names()
+    recorded = pool_frames.well_meant()
     forked = multiprocessing.get_context("fork")
     done, first = 0, only or 0
     while done < frames:
@@ -200,8 +232,9 @@ def fuzz(
         with tempfile.TemporaryDirectory() as directory:
             log = Path(directory) / "log"
             last = first + 1 if only is not None else 2**40
+            of_session = functools.partial(frames_of, seed, recorded=recorded, way=way)
             process = forked.Process(
-                target=_run, args=(board, seed, first, last, frames - done, recorded, log), daemon=True
+                target=_run, args=(board, tally, first, last, frames - done, of_session, log), daemon=True
             )
             process.start()
             seen, since, hung = (-1, -1), time.monotonic(), False
@@ -240,6 +273,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="another seed, other frames (default: %(default)s)")
     parser.add_argument("--only", type=int, metavar="SESSION", help="repeat one session")
     parser.add_argument("--ops", help="only ops whose names match this regular expression")
+    parser.add_argument("--way", choices=pool_frames.WAYS, help="only sessions of one kind (default: all)")
     options = parser.parse_args()
     if options.ops:
         names = [name for name in pool_frames.op_names() if re.search(options.ops, name)]
@@ -248,6 +282,7 @@ def main() -> int:
         pool_frames.op_names = lambda: names  # type: ignore[assignment]
     started = time.monotonic()
     found = sent = 0
+    tally = Tally()
     with rich.progress.Progress(auto_refresh=False) as bar:  # a thread beside would not survive a fork
         task = bar.add_task("frames", total=options.frames)
 
@@ -257,11 +292,13 @@ def main() -> int:
             bar.update(task, completed=done, refresh=True)
 
         with contextlib.suppress(KeyboardInterrupt):  # what was found so far is worth knowing
-            for defect in fuzz(options.frames, options.seed, only=options.only, progress=progress):
+            for defect in fuzz(
+                options.frames, options.seed, tally=tally, way=options.way, only=options.only, progress=progress
+            ):
                 found += 1
                 bar.console.print(defect, end="\n\n", markup=False, highlight=False, soft_wrap=True)
     took_s = time.monotonic() - started
-    print(f"{sent} frames with seed {options.seed} in {took_s:.0f} s: {found} defects")
+    print(f"{sent} frames with seed {options.seed} in {took_s:.0f} s: {tally}: {found} defects")
     return 1 if found else 0
 
 

@@ -54,7 +54,7 @@ def test_thousands_of_frames_end_in_order_and_leave_no_memory_counted(kind):
     outcomes: Counter[str] = Counter()
     state = torch.get_rng_state()
     with torch.inference_mode():
-        for number in range(400):
+        for number in range(450):
             outcomes += run_session(gentle(pool_frames.session(Random(number), recorded)), memory, kind)
     torch.set_rng_state(state)
     assert outcomes["frames"] > 800

@@ -211,17 +211,15 @@ def _check_symbols(op: torch._ops.OpOverload, define: wire.Define) -> None:
 
 
 class Resized:
-    """Remembers tensors that an op may resize: one that fails for want of memory leaves sizes that nothing backs."""
+    """Remembers tensors that an op may resize: one that fails may leave sizes that nothing backs, or that overflow."""
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self._before = [(tensor, tensor.shape, tensor.stride(), tensor.storage_offset()) for tensor in tensors]
 
-    def undo_half_done(self) -> None:
-        """Give a tensor whose sizes reach beyond its storage those that it had before."""
+    def undo(self) -> None:
+        """Give the tensors the sizes that they had before; looks at no other, some of which end the process."""
         for tensor, sizes, strides, offset in self._before:
-            reach = codec.extent(tensor.shape, tensor.stride(), int(tensor.storage_offset())) * tensor.itemsize
-            if reach > tensor.untyped_storage().nbytes():
-                tensor.as_strided_(sizes, strides, offset)
+            tensor.as_strided_(sizes, strides, offset)
 
 
 class Executor:
@@ -344,9 +342,12 @@ class Executor:
         resized = Resized(operands) if plan.resizes else None
         try:
             results: list[Any] = typed(lambda: list(plan.run(operands, numbers)))
+        except Failure:
+            if resized is not None:
+                resized.undo()
+            raise
         finally:
             if resized is not None:
-                resized.undo_half_done()
                 self._count_again(call.operands)
         return results
 

@@ -152,10 +152,13 @@ class GraphExecutor(Executor):
         resized = Resized(inputs) if graph.resizes else None
         try:
             kept = graph.run(inputs)
+        except Failure:
+            if resized is not None:
+                resized.undo()
+            raise
         finally:
             self.memory.add(-graph.peak_bytes)
             if resized is not None:
-                resized.undo_half_done()
                 self._count_again(run.operands)
         for place, tensor in enumerate(kept):
             self._keep(run.first + place, tensor)

@@ -1,22 +1,29 @@
 """What some of PyTorch's kernels take on trust from a program, and a worker must not take from a client.
 
-Each check here stands for a read or a write beyond a tensor, found by tests/attacks/fuzz_pool_wire.py; all other ops
-check their arguments themselves. A failed check raises `ValueError`, as an op does.
+Each check here stands for a read or a write beyond a tensor, a division that ends the process, or a loop without end,
+found by tests/attacks/fuzz_pool_wire.py; all other ops check their arguments themselves. A failed check raises
+`ValueError`, as an op does. Indices are looked at on a CPU only: on a GPU that would wait for all that came before, and
+what a kernel there reaches is the lease's own.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 Tensors = Sequence[torch.Tensor]
+MAX_DEGREE = 1 << 16
+"""Rounds that a kernel may take for one number: the degree of a polynomial, or a shift to where a series begins."""
+LAST = 2**63 - 1
 
 
 def of(name: str) -> Callable[..., None] | None:
     """Return what checks the arguments of an op, such as `aten::_fused_sgd_`; None for nearly all."""
-    return _GUARDS.get(name.removeprefix("aten::").partition(".")[0])
+    name = name.removeprefix("aten::")
+    return _GUARDS.get(name) or _GUARDS.get(name.partition(".")[0])
 
 
 def _padding(dims: int) -> Callable[..., None]:
@@ -40,6 +47,253 @@ def _fractional_pool(dims: int) -> Callable[..., None]:
         _require(gradient.shape == indices.shape, "an index for each gradient")
 
     return check
+
+
+def _pooled(dims: int, by_indices: bool) -> Callable[..., None]:
+    def check(gradient: torch.Tensor, x: torch.Tensor, *rest: Any, **_out: Any) -> None:
+        alike = gradient.dim() == x.dim() in (dims + 1, dims + 2) and gradient.shape[:-dims] == x.shape[:-dims]
+        _require(alike, "a gradient for each number of the result")
+        if by_indices:
+            _require(rest[-1].shape == gradient.shape, "an index for each gradient")
+            _within(rest[-1], math.prod(x.shape[-dims:]))
+
+    return check
+
+
+def _classes(gradient: torch.Tensor, x: torch.Tensor, target: torch.Tensor, *rest: Any, **_out: Any) -> None:
+    _require(x.dim() > 0, "a number for each class")
+    if target.device.type == "cpu":
+        _within(target[target != rest[2]], x.size(0) if x.dim() == 1 else x.size(1))
+
+
+def _ctc(
+    x: torch.Tensor, targets: torch.Tensor, lengths: Any, target_lengths: Any, blank: int = 0, *_: Any, **_out: Any
+) -> None:
+    _alignment(x, targets, lengths, target_lengths, blank)
+
+
+def _ctc_backward(
+    gradient: torch.Tensor, x: torch.Tensor, targets: torch.Tensor, lengths: Any, target_lengths: Any,
+    loss: torch.Tensor, log_alpha: torch.Tensor, blank: int, *_: Any, **_out: Any,
+) -> None:  # fmt: skip
+    longest = _alignment(x, targets, lengths, target_lengths, blank)
+    shape = (x.size(1), x.size(0), 2 * longest + 1)
+    fit = log_alpha.dim() == 3 and log_alpha.shape[:2] == shape[:2] and log_alpha.size(2) >= shape[2]
+    _require(fit and gradient.shape == loss.shape == x.shape[1:2], "what the forward op made of the same operands")
+
+
+def _alignment(x: torch.Tensor, targets: torch.Tensor, lengths: Any, target_lengths: Any, blank: int) -> int:
+    """Require targets that the kernel finds within its operands; return the longest."""
+    inputs, outputs = (torch.as_tensor(each, dtype=torch.int64).cpu() for each in (lengths, target_lengths))
+    _require(x.dim() == 3 and inputs.shape == outputs.shape == x.shape[1:2], "a batch of sequences with their lengths")
+    _require(0 <= blank < x.size(2), "a blank that is one of the classes")
+    _within(inputs, x.size(0) + 1)
+    _within(outputs, targets.size(-1) + 1 if targets.dim() else 1)
+    if targets.dim() == 2 and targets.size(0) == len(outputs):
+        used = targets[torch.arange(targets.size(1), device=targets.device) < outputs.to(targets.device)[:, None]]
+    else:
+        _require(targets.dim() == 1 and int(outputs.sum()) == targets.numel(), "as many targets as their lengths say")
+        used = targets
+    _within(used, x.size(2))
+    return int(outputs.max()) if len(outputs) else 0
+
+
+def _embedding_backward(
+    _gradient: Any, indices: torch.Tensor, rows: int, _padding: int, by_frequency: bool, **_out: Any
+) -> None:
+    if by_frequency:
+        _within(indices, rows)
+
+
+def _bags(
+    _weight: Any, indices: torch.Tensor, offsets: torch.Tensor, _by_frequency: bool = False, mode: int = 0,
+    _sparse: bool = False, per_sample: Any = None, *_: Any, **_out: Any,
+) -> None:  # fmt: skip
+    _require(indices.dim() == offsets.dim() == 1 and 0 <= mode <= 2, "a list of indices, of offsets, and a known mode")
+    _require(per_sample is None or per_sample.shape == indices.shape, "a weight for each index")
+    _ascending(offsets, len(indices))
+
+
+def _bags_backward(
+    gradient: torch.Tensor, indices: torch.Tensor, bag: torch.Tensor, sizes: torch.Tensor, largest: torch.Tensor,
+    rows: int, _by_frequency: bool, mode: int, per_sample: Any, *_: Any, **_out: Any,
+) -> None:  # fmt: skip
+    bagged = indices.dim() == 1 and bag.shape == indices.shape and gradient.dim() == 2 and 0 <= mode <= 2
+    _require(bagged and sizes.shape == gradient.shape[:1], "a bag for each index, and a gradient for each bag")
+    _require(per_sample is None or per_sample.shape == indices.shape, "a weight for each index")
+    _within(bag, gradient.size(0))
+    _within(indices, rows)
+    if mode == 2:
+        _require(largest.shape == gradient.shape, "an index for each gradient")
+        _within(largest, rows, least=-1)
+
+
+def _bags_backward_by_offsets(
+    gradient: torch.Tensor, indices: torch.Tensor, offsets: torch.Tensor, bag: torch.Tensor, sizes: torch.Tensor,
+    largest: torch.Tensor, rows: int, by_frequency: bool, mode: int, _sparse: bool, per_sample: Any, *_: Any,
+) -> None:  # fmt: skip
+    _bags_backward(
+        gradient, indices, _bag_of(indices, offsets, bag), sizes, largest, rows, by_frequency, mode, per_sample
+    )
+
+
+def _bag_of(indices: torch.Tensor, offsets: torch.Tensor, bag: torch.Tensor) -> torch.Tensor:
+    """Return the bag of each index; where none are given, the op makes them of the offsets."""
+    if bag.numel() or not indices.numel():
+        return bag
+    _require(indices.dim() == offsets.dim() == 1 and len(offsets) > 0, "offsets of bags")
+    _ascending(offsets, len(indices))
+    return torch.full_like(indices, len(offsets) - 1)
+
+
+def _bag_weights_backward(
+    gradient: torch.Tensor, weight: torch.Tensor, indices: torch.Tensor, offsets: torch.Tensor, bag: torch.Tensor,
+    *_: Any, **_out: Any,
+) -> None:  # fmt: skip
+    bag = _bag_of(indices, offsets, bag)
+    _require(indices.dim() == 1 and bag.shape == indices.shape, "a bag for each index")
+    _require(gradient.dim() == weight.dim() == 2 and gradient.size(1) == weight.size(1), "gradients as wide as rows")
+    _within(bag, gradient.size(0))
+    _within(indices, weight.size(0))
+
+
+def _segments(data: torch.Tensor, _how: Any, **options: Any) -> None:
+    _partition(data, options.get("lengths"), options.get("offsets"), options.get("axis", 0))
+
+
+def _segments_backward(
+    gradient: torch.Tensor, result: torch.Tensor, data: torch.Tensor, _how: Any, *, lengths: torch.Tensor | None = None,
+    offsets: torch.Tensor | None = None, axis: int = 0, **_out: Any,
+) -> None:  # fmt: skip
+    _partition(data, lengths, offsets, axis)
+    given = lengths if lengths is not None else offsets
+    count = 0 if given is None else given.size(axis) - (lengths is None)
+    shape = (*data.shape[:axis], count, *data.shape[axis + 1 :])
+    _require(gradient.shape == result.shape == shape, "a gradient for each segment")
+
+
+def _partition(data: torch.Tensor, lengths: torch.Tensor | None, offsets: torch.Tensor | None, axis: int) -> None:
+    """Require lengths or offsets that divide `axis` of the data into segments."""
+    given = lengths if lengths is not None else offsets
+    fit = given is not None and 0 <= axis < data.dim() and given.shape[:-1] == data.shape[:axis] and given.dim() > 0
+    _require(fit, "lengths or offsets along an axis of its operand")
+    whole = data.size(axis)
+    if lengths is not None:
+        _within(lengths, whole + 1)
+        _within(lengths.sum(-1), whole + 1)
+    elif offsets is not None:
+        _require(offsets.size(-1) > 0, "an offset to begin with")
+        _ascending(offsets, whole)
+
+
+def _distances_backward(
+    gradient: torch.Tensor, x: torch.Tensor, y: torch.Tensor, _norm: float, distances: torch.Tensor, **_out: Any
+) -> None:
+    _require(x.dim() >= 2 and y.dim() >= 2 and x.size(-1) == y.size(-1), "points of as many dimensions")
+    batch = torch.broadcast_shapes(x.shape[:-2], y.shape[:-2])  # type: ignore[no-untyped-call]
+    shape = (*batch, x.size(-2), y.size(-2))
+    _require(gradient.shape == distances.shape == shape, "a gradient and a distance for each pair")
+    _packed(gradient, distances, dtype=x.dtype)
+
+
+def _pair_distances_backward(
+    gradient: torch.Tensor, x: torch.Tensor, _norm: float, distances: torch.Tensor, **_out: Any
+) -> None:
+    _require(x.dim() == 2, "a list of points")
+    pairs = (x.size(0) * (x.size(0) - 1) // 2,)
+    _require(gradient.shape == distances.shape == pairs, "a gradient and a distance for each pair")
+    _packed(gradient, distances, dtype=x.dtype)
+
+
+def _packed(*tensors: torch.Tensor, dtype: torch.dtype) -> None:
+    _require(all(t.is_contiguous() and t.dtype == dtype for t in tensors), "contiguous operands of one dtype")
+
+
+def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **_options: Any) -> None:
+    fit = query.dim() == key.dim() == value.dim() == 4 and key.shape == value.shape and query.size(0) == key.size(0)
+    _require(fit and query.size(3) == key.size(3), "queries, keys and values of one batch and width")
+    _require(min(*query.shape, *key.shape) > 0 and query.size(1) % key.size(1) == 0, "some queries for each key's head")
+
+
+def _attention_backward(
+    gradient: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, result: torch.Tensor,
+    sums: torch.Tensor, *_: Any, **_options: Any,
+) -> None:  # fmt: skip
+    _attention(query, key, value)
+    _require(gradient.shape == result.shape == query.shape, "a gradient for each number of the result")
+    _require(sums.shape == query.shape[:3], "the sum of each query's row")
+
+
+def _noise(x: torch.Tensor, noise: torch.Tensor, *_: Any, out: Any = None, **_options: Any) -> None:
+    _require(noise.shape == x.shape and (out is None or out.shape == x.shape), "noise and a result of its shape")
+
+
+def _finite(x: torch.Tensor, **_out: Any) -> None:
+    _require(bool(x.isfinite().all()), "numbers that are neither infinite nor NaN")
+
+
+def _along(x: torch.Tensor, *rest: Any, **options: Any) -> None:
+    dim = rest[0] if rest else options.get("dim")
+    if dim is not None and x.dim() > 0 and x.device.type == "cpu" and -x.dim() <= dim < x.dim():
+        _require(x.size(dim) <= 1 or x.stride(dim) != 0, "an operand that is not expanded: x.contiguous()")
+
+
+def _quotient(x: Any, other: Any, *, rounding_mode: str | None = None, **_out: Any) -> None:
+    if rounding_mode == "trunc" and x.device.type == "cpu":
+        dtype = torch.result_type(x, other)
+        if dtype in (torch.int32, torch.int64):  # what the processor itself refuses to divide
+            least = torch.iinfo(dtype).min
+            beyond = (torch.as_tensor(other).to(dtype) == -1) & (x.to(dtype) == least)
+            _require(not bool(beyond.any()), f"a quotient of {least} by something else than -1")
+
+
+def _random_bounds(*arguments: Any, **options: Any) -> None:
+    """Require bounds that the kernel, which adds or takes away one and halves its way to 0, comes to an end with."""
+    _require(all(not isinstance(bound, int) or bound != -LAST for bound in (*arguments, *options.values())), "a bound")
+
+
+def _random_from(x: torch.Tensor, first: int, *rest: Any, **options: Any) -> None:
+    _random_bounds(first, *rest, **options)
+    _require(first < LAST, "a first number with another after it")
+
+
+def _chunks(tensors: Tensors, dim: int, count: int, **_out: Any) -> None:
+    _require(count > 0 and all(-t.dim() <= dim < t.dim() for t in tensors), "tensors that have the dimension")
+
+
+def _counted(count: torch.Tensor, *_: Any, **_out: Any) -> None:
+    _require(not bool(count.isnan().any()), "counts that are numbers")
+
+
+def _polynomial(_x: Any, degree: Any, **_out: Any) -> None:
+    most = degree.max() if isinstance(degree, torch.Tensor) and degree.numel() else degree
+    if not isinstance(degree, torch.Tensor) or degree.numel():
+        _require(not bool(most > MAX_DEGREE), f"a degree of at most {MAX_DEGREE}")
+
+
+def _zeta(_x: Any, start: Any, **_out: Any) -> None:
+    start = torch.as_tensor(start)
+    far = (start < -MAX_DEGREE) & (start != start.floor())
+    _require(not bool(far.any()), f"a second argument that is whole, or not below {-MAX_DEGREE}")
+
+
+def _polygamma(order: Any, x: Any, **_out: Any) -> None:
+    order, x = (x, order) if isinstance(order, torch.Tensor) else (order, x)  # in place, the operand comes first
+    if order > 1:
+        _zeta(None, x)
+
+
+def _within(indices: torch.Tensor, count: int, *, least: int = 0) -> None:
+    """Require indices from `least` up to `count`, which is none."""
+    if indices.device.type == "cpu" and indices.numel():
+        smallest, largest = indices.aminmax()
+        _require(int(smallest) >= least and int(largest) < count, f"indices from {least} to {count - 1}")
+
+
+def _ascending(offsets: torch.Tensor, count: int) -> None:
+    _within(offsets, count + 1)
+    if offsets.device.type == "cpu":
+        _require(bool((offsets.diff() >= 0).all()), "offsets that ascend")
 
 
 def _fourier(x: torch.Tensor, dim: Sequence[int], normalization: int, *_rest: Any, **_out: Any) -> None:
@@ -76,6 +330,10 @@ def _by_channel(x: torch.Tensor, *vectors: torch.Tensor | None) -> None:
     _require(x.dim() >= 2 and x.size(1) > 0, "a batch of channels")
     fit = all(vector is None or tuple(vector.shape) == (x.size(1),) for vector in vectors)
     _require(fit, "one number for each channel")
+
+
+def _update_statistics(x: torch.Tensor, mean: Any, variance: Any, *_: Any, **_out: Any) -> None:
+    _by_channel(x, mean, variance)
 
 
 def _range(start: Any, end: Any, step: Any = 1, *, out: Any = None, dtype: Any = None, **_options: Any) -> None:
@@ -121,6 +379,10 @@ def _require(holds: bool, what: str) -> None:
         raise ValueError(f"it needs {what}")
 
 
+_POLYNOMIALS = (
+    *(f"{shifted}chebyshev_polynomial_{kind}" for shifted in ("", "shifted_") for kind in "tuvw"),
+    *("hermite_polynomial_h", "hermite_polynomial_he", "laguerre_polynomial_l", "legendre_polynomial_p"),
+)
 _GUARDS: dict[str, Callable[..., None]] = {
     **{f"reflection_pad{dims}d_backward": _padding(dims) for dims in (1, 2, 3)},
     **{f"replication_pad{dims}d_backward": _padding(dims) for dims in (1, 2, 3)},
@@ -128,11 +390,40 @@ _GUARDS: dict[str, Callable[..., None]] = {
     **dict.fromkeys(("_fft_r2c", "_fft_c2c", "_fft_c2r"), _fourier),
     **dict.fromkeys(("_softmax_backward_data", "_log_softmax_backward_data"), _same_shapes),
     **dict.fromkeys(("_batch_norm_no_update", "_native_batch_norm_legit_no_training"), _known_statistics),
-    **dict.fromkeys(("_batch_norm_with_update", "_batch_norm_with_update_functional"), _known_statistics),
+    "_batch_norm_with_update": _known_statistics,
     **dict.fromkeys(("native_batch_norm", "_native_batch_norm_legit"), _batch_norm),
-    "_native_batch_norm_legit_functional": _batch_norm,
     **dict.fromkeys(("native_batch_norm_backward", "batch_norm_backward"), _batch_norm_backward),
+    "batch_norm_update_stats": _update_statistics,
     "range": _range,
+    **{f"_adaptive_avg_pool{dims}d_backward": _pooled(dims, False) for dims in (2, 3)},
+    "adaptive_avg_pool3d_backward": _pooled(3, False),
+    **{f"adaptive_max_pool{dims}d_backward": _pooled(dims, True) for dims in (2, 3)},
+    **{f"max_pool{dims}d_with_indices_backward": _pooled(dims, True) for dims in (2, 3)},
+    **dict.fromkeys(("nll_loss_backward", "nll_loss2d_backward"), _classes),
+    "_ctc_loss": _ctc,
+    "_ctc_loss_backward": _ctc_backward,
+    "embedding_dense_backward": _embedding_backward,
+    **dict.fromkeys(("_embedding_bag", "_embedding_bag_forward_only"), _bags),
+    "_embedding_bag_dense_backward": _bags_backward,
+    "_embedding_bag_backward": _bags_backward_by_offsets,
+    "_embedding_bag_per_sample_weights_backward": _bag_weights_backward,
+    "segment_reduce": _segments,
+    "_segment_reduce_backward": _segments_backward,
+    "_cdist_backward": _distances_backward,
+    "_pdist_backward": _pair_distances_backward,
+    "_scaled_dot_product_flash_attention_for_cpu": _attention,
+    "_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
+    **dict.fromkeys(("rrelu_with_noise", "rrelu_with_noise_"), _noise),
+    **dict.fromkeys(("_linalg_eigvals", "linalg_eigvals"), _finite),
+    **dict.fromkeys(("median", "nanmedian"), _along),
+    **dict.fromkeys(("div", "div_"), _quotient),
+    **dict.fromkeys(("random_", "randint", "randint_like"), _random_bounds),
+    "random_.from": _random_from,
+    **dict.fromkeys((f"special_{name}" for name in _POLYNOMIALS), _polynomial),
+    "_chunk_cat": _chunks,
+    "binomial": _counted,
+    "special_zeta": _zeta,
+    **dict.fromkeys(("polygamma", "polygamma_"), _polygamma),
     **dict.fromkeys(("_fused_adam_", "_fused_adamw_"), _adam),
     "_fused_sgd_": _sgd,
     "_fused_adagrad_": _adagrad,
