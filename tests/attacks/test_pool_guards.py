@@ -64,6 +64,7 @@ HOSTILE = [
     ("special_zeta", x(1), torch.tensor([0.5 - 2**50], dtype=torch.float64)),
     ("polygamma", 2, torch.tensor([0.5 - 2**50], dtype=torch.float64)),
     ("polygamma_", torch.tensor([0.5 - 2**50], dtype=torch.float64), 2),
+    ("repeat_interleave.Tensor", torch.tensor([2**63 - 1, 1])),
     ("binomial", torch.tensor([NAN]), x(1)),
     ("_chunk_cat", [torch.tensor(1.0)], 0, 1),
 ]
@@ -86,6 +87,7 @@ WELL_MEANT = [
     ("special_legendre_polynomial_p.n_scalar", x(1), 7),
     ("special_zeta", x(1) + 1, torch.tensor([-(2.0**50), -7.5])),
     ("polygamma", 3, x(4)),
+    ("repeat_interleave.Tensor", torch.tensor([2, 0, 1])),
 ]
 
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from millpond.pool.codec import MAX_ELEMENTS
+
 Tensors = Sequence[torch.Tensor]
 MAX_DEGREE = 1 << 16
 """Rounds that a kernel may take for one number: the degree of a polynomial, or a shift to where a series begins."""
@@ -261,6 +263,12 @@ def _chunks(tensors: Tensors, dim: int, count: int, **_out: Any) -> None:
     _require(count > 0 and all(-t.dim() <= dim < t.dim() for t in tensors), "tensors that have the dimension")
 
 
+def _repeats(repeats: torch.Tensor, **_options: Any) -> None:
+    _within(repeats, MAX_ELEMENTS + 1)
+    if repeats.device.type == "cpu":
+        _require(float(repeats.double().sum()) <= MAX_ELEMENTS, "repeats whose sum is not beyond all memory")
+
+
 def _counted(count: torch.Tensor, *_: Any, **_out: Any) -> None:
     _require(not bool(count.isnan().any()), "counts that are numbers")
 
@@ -421,6 +429,7 @@ _GUARDS: dict[str, Callable[..., None]] = {
     "random_.from": _random_from,
     **dict.fromkeys((f"special_{name}" for name in _POLYNOMIALS), _polynomial),
     "_chunk_cat": _chunks,
+    "repeat_interleave": _repeats,
     "binomial": _counted,
     "special_zeta": _zeta,
     **dict.fromkeys(("polygamma", "polygamma_"), _polygamma),
