@@ -50,12 +50,24 @@ def test_empty_variable_is_no_variable():
 
 @pytest.mark.parametrize(
     ("variable", "value", "wanted"),
-    [("MILLPOND_HUB_PORT", "eighty", "a whole number"), ("MILLPOND_EDGE_SYNC_S", "soon", "a number of seconds")],
+    [
+        ("MILLPOND_HUB_PORT", "eighty", "a whole number"),
+        ("MILLPOND_EDGE_SYNC_S", "soon", "a number of seconds"),
+        ("MILLPOND_POOL_CONFINE", "1", "yes or no"),
+    ],
 )
 def test_value_of_a_wrong_type_names_variable_value_and_what_is_wanted(variable, value, wanted):
-    program = HubSettings if "HUB" in variable else EdgeSettings
+    program = PROGRAMS[variable.split("_")[1].lower()]
     with pytest.raises(SettingsError, match=f"{variable} is '{value}', which is not {wanted}"):
         load(program, {variable: value})
+
+
+def test_a_choice_is_yes_or_no():
+    assert load(PoolSettings, {}).confine
+    assert not load(PoolSettings, {"MILLPOND_POOL_CONFINE": "no"}).confine
+    assert ("MILLPOND_POOL_CONFINE", "no", "environment") in [
+        row[:3] for row in describe("pool", {"MILLPOND_POOL_CONFINE": "no"})
+    ]
 
 
 def test_secret_comes_from_a_file(tmp_path):

@@ -8,7 +8,7 @@ import os
 import secrets
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import msgspec
 
 from millpond.pool import attach, tls, transport, wire
 from millpond.pool.errors import ConnectionLost
+from millpond.pool.host import WORKER_COMMAND
 from millpond.pool.worker import Introduction, Orders, Report
 
 GIB = 1024**3
@@ -53,11 +54,12 @@ class WorkerProcess:
         peer_token: str = "",
         files: tls.Files | None = None,
         grace_s: float = 30.0,
+        command: Sequence[str] = WORKER_COMMAND,
     ) -> None:
         self.log = log
         with log.open("wb") as stderr:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "millpond.pool.worker"],
+                command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,

@@ -69,6 +69,10 @@ class PoolSettings:
     heartbeat_s: float = _setting("Seconds between a client's heartbeats.", default=2.0)
     grace_s: float = _setting("Seconds that a lease, with all it has on its workers, outlives silence.", default=30.0)
     idle_limit_s: float = _setting("Seconds without any op after which a lease expires; 0: never.", default=0.0)
+    confine: bool = _setting(
+        "Whether this host's workers are kept from its files, programs and processes (Landlock): yes or no.",
+        default=True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,6 +232,7 @@ def describe(program: str, environ: Mapping[str, str] | None = None) -> Iterator
         value = getattr(loaded, setting.name)
         secret = setting.metadata["secret"]
         shown = ("(set)" if value else "(not set)") if secret else "" if value is None else str(value)
+        shown = {True: "yes", False: "no"}[value] if isinstance(value, bool) else shown
         source = "environment" if environ.get(variable) else "default"
         if source == "default" and secret and environ.get(f"{variable}_FILE"):
             source = "file"
@@ -271,8 +276,10 @@ def _parse(variable: str, text: str, hint: Any, secret: bool) -> Any:
     if isinstance(hint, types.UnionType):
         hint = next(arg for arg in typing.get_args(hint) if arg is not types.NoneType)
     try:
+        if hint is bool:
+            return ("no", "yes").index(text) == 1
         return Path(text).expanduser() if hint is Path else hint(text)
     except (ValueError, RuntimeError):
         shown = "its value" if secret else repr(text)
-        wanted = {int: "a whole number", float: "a number of seconds"}.get(hint, "a path")
+        wanted = {int: "a whole number", float: "a number of seconds", bool: "yes or no"}.get(hint, "a path")
         raise SettingsError(f"{variable} is {shown}, which is not {wanted}. Correct it, or unset it.") from None

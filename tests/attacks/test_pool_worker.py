@@ -6,6 +6,7 @@ import contextlib
 import os
 import pickle
 import random
+import resource
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import msgspec
 import psutil
 import pytest
 
+from attacks.test_pool_confined import kernel_has_landlock
 from millpond.pool import handshake, wire
 from millpond.pool.errors import AuthenticationError, ConnectionLost, PoolError, VersionMismatch, WireError
 from millpond.pool.transport import Connection
@@ -96,6 +98,14 @@ def ending(connection: Connection) -> str:
         with pytest.raises(ConnectionLost):
             connection.receive(10)
     return message.message
+
+
+def test_a_worker_is_confined(worker):
+    """See test_pool_confined.py for what that means."""
+    process = psutil.Process(worker.process.pid)
+    assert process.rlimit(resource.RLIMIT_CORE) == (0, 0)
+    assert "NoNewPrivs:\t1\n" in Path(f"/proc/{process.pid}/status").read_text()
+    assert "Landlock" not in worker.log.read_text() or not kernel_has_landlock()
 
 
 # --- without the token ---------------------------------------------------------------------------------------------

@@ -15,8 +15,7 @@ from typing import Protocol
 
 import msgspec
 
-from millpond.pool import tls, wire
-from millpond.pool.attach import LEASE, WORKERS
+from millpond.pool import confine, tls, wire
 from millpond.pool.worker import Introduction, Orders, Report
 
 START_S = 120.0
@@ -25,12 +24,6 @@ SILENT_WORKER_S = 60.0
 """A worker reports every second; one that has not for so long is taken for dead."""
 MAX_REPORT_BYTES = 4096
 WORKER_COMMAND = (sys.executable, "-m", "millpond.pool.worker")
-SECRETS = {
-    *("MILLPOND_POOL_TOKEN", "MILLPOND_POOL_TOKEN_FILE", LEASE, WORKERS),
-    *(f"MILLPOND_POOL_TLS_{name}" for name in ("CERT", "KEY", "CA", "NAME")),
-}
-"""What a worker must not inherit."""
-
 OnReport = Callable[[wire.WorkerReport], None]
 
 
@@ -90,7 +83,7 @@ class OwnHost:
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,
-                env={name: value for name, value in os.environ.items() if name not in SECRETS},
+                env=confine.environment(os.environ),
                 start_new_session=True,  # a Ctrl-C in our terminal is for us to act on
                 limit=MAX_REPORT_BYTES,
             )

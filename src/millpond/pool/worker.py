@@ -18,10 +18,11 @@ from typing import BinaryIO
 
 import msgspec
 
-from millpond.pool import tls, transport, wire
+from millpond.pool import confine, tls, transport, wire
 from millpond.pool.errors import ConnectionLost, HandshakeError, WireError
 from millpond.pool.link import Berth, Link
 from millpond.process import die_with_parent
+from millpond.settings import PoolSettings, load
 
 REPORT_S = 1.0
 MAX_SESSIONS = 64
@@ -228,6 +229,7 @@ def main() -> None:
     die_with_parent(orders.parent)
     reports = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print must not mix with the reports
+    _confine(orders)
     worker = Worker(orders)
     _send_report(reports, worker)
     threading.Thread(target=_keep_reporting, args=(reports, worker), name="reports", daemon=True).start()
@@ -235,6 +237,16 @@ def main() -> None:
     if worker.peers is not None:
         threading.Thread(target=worker.peers.serve, name="peers", daemon=True).start()
     worker.serve()
+
+
+def _confine(orders: Orders) -> None:
+    """Take from this process what it does not need, before there is a thread or a library that would keep it."""
+    if not load(PoolSettings).confine:
+        return
+    files = filter(None, (orders.tls.cert, orders.tls.key, orders.tls.ca))
+    lacking = confine.confine(gpu=orders.device != "cpu", connects=bool(orders.peer_token), files=files)
+    if lacking:
+        print(f"worker {orders.lease}: not kept from its host's files and programs: {lacking}", file=sys.stderr)  # noqa: T201
 
 
 def _send_report(reports: BinaryIO, worker: Worker) -> None:
