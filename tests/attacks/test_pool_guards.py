@@ -24,6 +24,7 @@ def none(*sizes: int) -> torch.Tensor:
 x = torch.ones
 POOL2 = [2, 2], [2, 2], [0, 0], [1, 1], False
 POOL3 = [2, 2, 2], [2, 2, 2], [0, 0, 0], [1, 1, 1], False
+SAME = x(2, 0, 3)
 HOSTILE = [
     ("max_pool2d_with_indices_backward", x(1, 2, 2, 2), x(1, 2, 4, 4), *POOL2, far(1, 2, 2, 2)),
     ("max_pool2d_with_indices_backward", x(1, 2, 2, 2), x(1, 2, 4, 4), *POOL2, -far(1, 2, 2, 2)),
@@ -55,6 +56,7 @@ HOSTILE = [
     ("batch_norm_update_stats", x(2, 300), x(1), x(1), 0.1),
     ("_linalg_eigvals", torch.full((3, 3), NAN)),
     ("nanmedian.dim", x(2, 1).expand(2, 1000), 1),
+    ("nanmedian.dim_values", SAME, 0, False, {"values": SAME, "indices": none(0, 3)}),
     ("div.Tensor_mode", torch.tensor([-(2**63)]), torch.tensor([-1]), {"rounding_mode": "trunc"}),
     ("div_.Scalar_mode", torch.tensor([-(2**31)], dtype=torch.int32), -1, {"rounding_mode": "trunc"}),
     ("random_.from", x(4), 2**63 - 1, None),

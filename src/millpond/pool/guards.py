@@ -235,6 +235,9 @@ def _finite(x: torch.Tensor, **_out: Any) -> None:
 
 
 def _along(x: torch.Tensor, *rest: Any, **options: Any) -> None:
+    written = [options[name] for name in ("values", "indices") if name in options]
+    own = all(out.untyped_storage()._cdata != x.untyped_storage()._cdata for out in written)
+    _require(own, "outputs other than its operand, which they would be resized under")
     dim = rest[0] if rest else options.get("dim")
     if dim is not None and x.dim() > 0 and x.device.type == "cpu" and -x.dim() <= dim < x.dim():
         _require(x.size(dim) <= 1 or x.stride(dim) != 0, "an operand that is not expanded: x.contiguous()")
