@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -17,6 +18,7 @@ import msgspec
 
 from millpond.pool import confine, tls, wire
 from millpond.pool.worker import Introduction, Orders, Report
+from millpond.pool.worker_log import WorkerLog
 
 START_S = 120.0
 """How long a worker may take to start: it loads torch, and makes a context on its device."""
@@ -87,14 +89,14 @@ class OwnHost:
                 start_new_session=True,  # a Ctrl-C in our terminal is for us to act on
                 limit=MAX_REPORT_BYTES,
             )
-            errors = bytearray()
-            copying = asyncio.create_task(_copy_errors(process, errors))
+            log = WorkerLog(start.lease)
+            copying = asyncio.create_task(_copy_errors(process, log))
             fault = "" if running.unwanted else await self._follow(start, process, on_report)
             running.kill()
             code = await process.wait()
             await asyncio.wait([copying], timeout=1.0)
             copying.cancel()
-            return fault or _ending(code, errors)
+            return fault or _ending(code, log)
         except OSError as error:
             return f"could not be started: {error}"
         finally:
@@ -157,18 +159,17 @@ class OwnHost:
             limit_s = SILENT_WORKER_S
 
 
-async def _copy_errors(process: asyncio.subprocess.Process, tail: bytearray) -> None:
-    """Pass on what a worker writes to stderr, and keep the end of it."""
+async def _copy_errors(process: asyncio.subprocess.Process, log: WorkerLog) -> None:
+    """Pass on what a worker writes to stderr, within bounds."""
     assert process.stderr is not None
     while chunk := await process.stderr.read(4096):
-        tail += chunk
-        del tail[:-4096]
-        sys.stderr.write(chunk.decode(errors="replace"))
+        sys.stderr.write(log.add(chunk, time.monotonic()))
+    sys.stderr.write(log.rest())
 
 
-def _ending(code: int, errors: bytearray) -> str:
+def _ending(code: int, log: WorkerLog) -> str:
     if code < 0:
         # SIGKILL that we did not send: a person, or the kernel when the host's memory runs out.
         return f"was ended by {signal.Signals(-code).name}"
-    last = bytes(errors).decode(errors="replace").strip().splitlines()[-1:]
-    return f"ended with exit code {code}" + (f": {last[0][:500]}" if last else "")
+    last = log.last_line()
+    return f"ended with exit code {code}" + (f": {last[:500]}" if last else "")
