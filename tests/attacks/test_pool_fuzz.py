@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 from random import Random
 from typing import get_args
 
@@ -103,3 +107,15 @@ def test_a_hundred_thousand_frames_leave_a_real_worker_and_its_other_session_as_
         assert process.memory_info().rss - before < FLAT_BYTES
         assert process.num_threads() < 60
     assert "Traceback" not in worker.log.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("atheris") is None, reason="atheris has no wheel for this Python or machine"
+)
+def test_the_decoder_stands_a_fuzzer_that_sees_how_far_it_gets(tmp_path):
+    """Half a minute."""
+    command = [sys.executable, str(Path(__file__).parent / "fuzz_decoder.py"), "-runs=50000", "-seed=1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "Done 50000 runs" in done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import tracemalloc
 from typing import get_args
 
 import msgspec
@@ -82,3 +83,26 @@ def test_lengths_beyond_the_limits_are_refused_before_anything_is_allocated(pref
 def test_known_bad_bytes(direction, data):
     with pytest.raises(WireError):
         wire.decode(data, direction)
+
+
+LONG = {"list": b"\xdd\xff\xff\xff\xff", "map": b"\xdf\xff\xff\xff\xff", "bytes": b"\xc6\xff\xff\xff\xff"}
+PLACES = {
+    "the message": b"",
+    "a field": b"\x82\xa4type\xa5batch\xa5items",
+    "a field that nobody knows": b"\x82\xa4type\xa5batch\xa5other",
+    "an item": b"\x82\xa4type\xa5batch\xa5items\x91\x92\xa4free",
+    "a list of the most items that may be": b"\x82\xa4type\xa5batch\xa5items\xdd\x00\x01\x00\x00\x92\xa4free",
+    "sizes": b"\x82\xa4type\xa5batch\xa5items\x91\x95\xa3put\x00\xa5uint8",
+}
+
+
+@pytest.mark.parametrize("promised", LONG)
+@pytest.mark.parametrize("place", PLACES)
+def test_a_length_that_the_bytes_do_not_bear_out_takes_no_memory(place, promised):
+    tracemalloc.start()
+    try:
+        with pytest.raises(WireError):
+            wire.decode(PLACES[place] + LONG[promised], "to-worker")
+        assert tracemalloc.get_traced_memory()[1] < 2**16
+    finally:
+        tracemalloc.stop()
