@@ -49,6 +49,19 @@ def session(worker: WorkerProcess) -> Iterator[Connection]:
         yield connection
 
 
+@pytest.fixture(autouse=True)
+def unharmed(worker: WorkerProcess) -> Iterator[None]:
+    """Keep another session with a graph of its own through the attack; it must run as before, on what it had."""
+    with worker.connect() as other:
+        send(other, wire.Define(ADD, "aten::add.Tensor", [wire.Operand(0), wire.Operand(1)], {}, [EIGHT]))
+        send(other, wire.Put(1, "uint8", (8,), bytes(range(8))), TWICE, wire.Run(0, [1], 10))
+        assert read(other, 10) == bytes(3 * value for value in range(8))
+        yield
+        send(other, wire.Run(0, [1], 11))
+        assert read(other, 1) == bytes(range(8))
+        assert read(other, 10) == read(other, 11) == bytes(3 * value for value in range(8))
+
+
 def send(connection: Connection, *items: wire.Item) -> None:
     connection.send(wire.Batch(list(items)))
 

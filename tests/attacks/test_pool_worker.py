@@ -217,6 +217,34 @@ def test_a_handle_of_another_session_is_no_handle(worker, unharmed):
     assert read(unharmed, 7) == bytes(range(8))
 
 
+def test_a_session_that_another_has_cannot_be_begun_again_nor_attached_to_twice(worker):
+    name = b"s" * 16
+    first, again = worker.dial(), worker.dial()
+    with first, again:
+        first.send(wire.Attach(name))
+        put(first, 1)
+        batch(first, wire.Synchronize())
+        while not isinstance(first.receive(10)[0], wire.Done):
+            continue
+        again.send(wire.Attach(name))
+        message, _ = again.receive(10)
+        assert isinstance(message, wire.Refused)
+        assert "has begun already" in message.message
+        first.send(wire.Attach(b"t" * 16))
+        while not isinstance(message := first.receive(10)[0], wire.Refused):
+            continue
+        assert "once a connection" in message.message
+
+
+def test_a_session_is_not_gone_on_with_by_who_guesses_its_name(worker):
+    for _ in range(20):
+        with worker.dial() as connection:
+            connection.send(wire.Attach(random.randbytes(16), resumes=True))
+            message, _ = connection.receive(10)
+            assert isinstance(message, wire.Refused)
+            assert "has ended" in message.message
+
+
 @pytest.mark.parametrize(
     "view",
     [
@@ -379,6 +407,38 @@ def test_tensors_are_counted_until_the_lease_is_full_and_free_after(worker):
         assert failure_kinds(connection) == {"memory"}
         batch(connection, wire.Free(list(range(100, 130))), wire.Call(0, [], 200))
         assert read(connection, 200) == bytes([1] * 8)
+
+
+def test_a_session_that_takes_all_memory_leaves_the_other_what_it_has_and_the_rest_when_it_goes(worker, unharmed):
+    ones = wire.Define(0, "aten::ones", [[2**26]], FACTORY, [wire.Geometry("uint8", (2**26,), (1,))])
+    with worker.connect() as greedy:
+        batch(greedy, ones, *(wire.Call(0, [], handle) for handle in range(100, 130)))
+        assert failure_kinds(greedy) == {"memory"}
+        batch(unharmed, ones, wire.Call(0, [], 1))
+        assert failure(unharmed).kind == "memory"
+        assert read(unharmed, 7) == bytes(range(8))
+    wait_for(lambda: worker.next_report().sessions == 1)
+    batch(unharmed, wire.Call(0, [], 2))
+    assert read(unharmed, 2) == bytes([1] * 8)
+    batch(unharmed, wire.Free([2]))
+
+
+def test_a_session_that_keeps_the_device_busy_holds_up_no_other(worker, unharmed):
+    size = 512
+    square = wire.Geometry("float32", (size, size), (size, 1))
+    kind = {"dtype": wire.Symbol("dtype", "float32"), "device": wire.Symbol("device")}
+    with worker.connect() as busy:
+        batch(
+            busy,
+            wire.Define(0, "aten::ones", [[size, size]], kind, [square]),
+            wire.Define(1, "aten::mm", [wire.Operand(0), wire.Operand(0)], {}, [square]),
+            wire.Call(0, [], 1),
+        )
+        batch(busy, wire.Synchronize())
+        assert isinstance(busy.receive(20)[0], wire.Done)
+        batch(busy, *[wire.Call(1, [1], 2)] * 200, wire.Synchronize())
+        assert read(unharmed, 7) == bytes(range(8))
+        assert not busy.has_input()  # all of it, which takes a second, would have been before
 
 
 def failure_kinds(connection: Connection) -> set[str]:
