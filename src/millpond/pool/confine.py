@@ -7,12 +7,15 @@ where the kernel has Landlock (5.13 and later), other files, programs, processes
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import glob
 import importlib.util
 import os
 import resource
+import shutil
 import struct
+import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -61,11 +64,11 @@ def confine(*, gpu: bool, connects: bool, files: Iterable[str] = ()) -> str:
 
     `connects` is whether it calls others (its peers), `files` what else it reads.
     """
-    for limit, most in (
-        (resource.RLIMIT_CORE, 0),
-        (resource.RLIMIT_FSIZE, MAX_FILE_BYTES),
-        (resource.RLIMIT_NOFILE, MAX_FILES),
-    ):
+    if gpu:
+        _make_devices()
+    limits = {resource.RLIMIT_CORE: 0, resource.RLIMIT_NOFILE: MAX_FILES}
+    limits |= {} if gpu else {resource.RLIMIT_FSIZE: MAX_FILE_BYTES}  # which holds for a driver's shared memory too
+    for limit, most in limits.items():
         soft, hard = (most if was == resource.RLIM_INFINITY else min(was, most) for was in resource.getrlimit(limit))
         resource.setrlimit(limit, (soft, hard))
     _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
@@ -78,6 +81,14 @@ def confine(*, gpu: bool, connects: bool, files: Iterable[str] = ()) -> str:
     if not _restrict(version, gpu, connects, files):
         return f"this host's kernel refuses a Landlock ruleset ({os.strerror(ctypes.get_errno())})"
     return ""
+
+
+def _make_devices() -> None:
+    """Have CUDA's device files made where they are missing: its driver could not start the setuid program later."""
+    program = shutil.which("nvidia-modprobe")
+    if program and not Path("/dev/nvidia-uvm").exists():
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            subprocess.run([program, "-u", "-c=0"], check=False, timeout=30)
 
 
 def _restrict(version: int, gpu: bool, connects: bool, files: Iterable[str]) -> bool:
