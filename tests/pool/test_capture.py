@@ -180,6 +180,61 @@ print("done")
     assert "takes tensors of the host and of the device" in lines[0]
 
 
+def test_what_pytorch_cannot_trace_runs_op_by_op(worker):
+    log = run(
+        worker,
+        """
+torch.manual_seed(1)
+pooling = torch.nn.FractionalMaxPool3d(2, output_size=2, _random_samples=torch.rand(1, 2, 3).to("pool"))
+x = torch.randn(1, 2, 5, 5, 5).to("pool").requires_grad_()
+results = []
+for function in (pooling, torch.compile(pooling)):
+    result = function(x)
+    results += [result.cpu(), *(g.cpu() for g in torch.autograd.grad(result.sum(), x))]
+assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[3])
+torch.compiler.reset()
+""",
+    )
+    assert sum("op by op" in line for line in log.splitlines()) == 1
+
+
+def test_a_model_with_batch_norm_is_captured_in_training_and_evaluation(worker):
+    run(
+        worker,
+        """
+answers = []
+for device in ("cpu", "pool"):
+    torch.manual_seed(1)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU()).to(device)
+    function = torch.compile(model) if device == "pool" else model
+    for training in (True, True, True, False, False, False):
+        model.train(training)
+        x = torch.randn(2, 3, 6, 6).to(device)
+        counted, result = items(lambda x: function(x).mean(), x) if device == "pool" else ({}, function(x).mean())
+        result.backward()
+        answers.append((result.item(), model[1].running_mean.cpu(), model[0].weight.grad.cpu()))
+        if device == "pool" and (len(answers) - 1) % 3 == 2:
+            assert counted["Run"] >= 1 and counted["Call"] < 5, counted
+half = len(answers) // 2
+torch.testing.assert_close(answers[half:], answers[:half])
+""",
+    )
+
+
+def test_a_number_that_changes_is_taken_into_the_graph(worker):
+    log = run(
+        worker,
+        """
+function = torch.compile(lambda x, slope: torch.nn.functional.elu(x, slope))
+x = torch.linspace(-1, 1, 5)
+for slope in (0.1, 0.2, 0.3):
+    result = function(x.to("pool").requires_grad_(), slope)
+    torch.testing.assert_close(result.detach().cpu(), torch.nn.functional.elu(x, slope))
+""",
+    )
+    assert "op by op" not in log
+
+
 def test_many_shapes_are_recorded_only_so_often(worker):
     log = run(
         worker,

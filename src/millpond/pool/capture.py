@@ -282,8 +282,11 @@ def compile_graph(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callab
     """Compile a graph of Dynamo's: the backend of `torch.compile` for the pool device."""
     try:
         with _real_devices():
-            return _compile(module)
-    except Unrecordable as reason:
+            return _compile(module, inputs)
+    except torch._dynamo.exc.RestartAnalysis:
+        raise
+    except Exception as error:  # of any kind: an op without a meta kernel, say, has PyTorch's tracer fail as it may
+        reason = " ".join(str(error).split("\n")[:1]) or type(error).__name__
         log.warning("a part of the program runs op by op on the pool, not captured: %s", reason)
     return module.forward
 
@@ -301,24 +304,25 @@ def _real_devices() -> Iterator[None]:
             setattr(Tensor, name, getter)
 
 
-def _compile(module: torch.fx.GraphModule) -> Callable[..., Any]:
+def _compile(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
     host = {node for node in module.graph.nodes if _touches_host(node)}
     if not host:
-        return _capture(module, [node.meta.get("example_value") for node in module.graph.find_nodes(op="placeholder")])
+        return _capture(module, inputs)
     for node in host:
         if node.op != "output" and any(_is_on(argument, SHOWN) for argument in node.all_input_nodes):
-            raise Unrecordable(f"{node.target} takes tensors of the host and of the device")
+            name = getattr(node.target, "__name__", node.target)
+            raise Unrecordable(f"{name} takes tensors of the host and of the device")
     from torch.fx.passes.split_module import split_module
 
     split = split_module(module, None, lambda node: int(node not in host))  # type: ignore[arg-type]
     device_part: Any = split.get_submodule("submod_1")
-    call = next(node for node in split.graph.nodes if node.target == "submod_1")
     (output,) = device_part.graph.find_nodes(op="output")
     single = isinstance(output.args[0], torch.fx.Node)
     if single:  # as Dynamo's own graphs, it must return several
         output.args = ((output.args[0],),)
         device_part.recompile()
-    captured = _capture(device_part, [node.meta.get("example_value") for node in call.all_input_nodes])
+    known = {node.name: node.meta.get("example_value") for node in module.graph.nodes}  # the parts keep names only
+    captured = _capture(device_part, [known[node.name] for node in device_part.graph.find_nodes(op="placeholder")])
     split.submod_1 = _Call((lambda *inputs: captured(*inputs)[0]) if single else captured)
     return split.forward
 

@@ -56,6 +56,9 @@ def install(module: Any, meant: Callable[[Any], Any], shown: Callable[[torch.dev
     torch.cuda._is_in_bad_fork = module._is_in_bad_fork
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
     torch.backends.cuda.is_built = is_available
+    for name in ("_cuda_CUDAAllocator_AllocatorState", "_set_cached_tensors_enabled"):
+        if not hasattr(torch._C, name):  # PyTorch's compiler imports them where CUDA is built in
+            setattr(torch._C, name, _nothing)
     torch.backends.cudnn.is_acceptable = lambda tensor: False
     for name in ("range_push", "range_pop", "range_start", "range_end", "mark"):
         setattr(torch.cuda.nvtx, name, _nothing)

@@ -2,7 +2,8 @@
 
 The list is taken from the registry of the torch at hand, by parsed schema; a name from the wire is only ever looked
 up in it. Besides those denied by name, kinds that no client sends are left out: what makes views (the client does, and
-`wire.View` is checked), what changes a tensor's geometry in place, what PyTorch makes of other ops or takes apart.
+`wire.View` is checked), what changes a tensor's geometry in place, what PyTorch takes apart, and what it makes of other
+ops, but for the forms that write to no operand: compiled programs consist of those.
 """
 
 from __future__ import annotations
@@ -62,12 +63,12 @@ def _look_up(name: str) -> torch._ops.OpOverload | None:
 
 
 def _arrives(name: str) -> bool:
-    """Return whether a client can come to send an op: not if it makes a view, or consists or is made of others."""
+    """Return whether a client can come to send an op: not if it makes a view, consists of others, or is their `out`."""
     op = _look_up(name)
     return (
         op is not None
         and torch.Tag.inplace_view not in op.tags
-        and torch.Tag.generated not in op.tags
+        and not (torch.Tag.generated in op.tags and op._schema.is_mutable)
         and not any(value.alias_info is not None and not value.alias_info.is_write for value in op._schema.returns)
         and not torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
     )

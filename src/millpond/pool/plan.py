@@ -26,6 +26,8 @@ ASK = frozenset(
         "aten::native_batch_norm",
         "aten::_native_batch_norm_legit",
         "aten::_native_batch_norm_legit.no_stats",
+        "aten::_native_batch_norm_legit_functional",
+        "aten::_native_batch_norm_legit_no_training",
         "aten::multilabel_margin_loss_forward",
         # Of half precision: a CPU keeps the statistics in the dtype of the weights, where a meta kernel says float32.
         "aten::native_layer_norm",

@@ -1,18 +1,21 @@
 """A process under a lease that holds the pool device to plain CPU, one case after another.
 
-A case is an operator, module or optimizer of `torch.testing._internal`, by database, name and dtype. Cases come as
-JSON lines on stdin; for each, one line with what came of it goes out. It may die at any of them: see sweep.py.
+A case is an operator, module or optimizer of `torch.testing._internal`, by database, name and dtype; on the pool, a
+"compiled" module or optimizer goes through `torch.compile`. Cases come as JSON lines on stdin; for each, one line with
+what came of it goes out. It may die at any of them: see sweep.py.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch.testing._internal.common_methods_invocations import op_db
@@ -59,6 +62,15 @@ class Trips:
         Session.requests = counted  # type: ignore[method-assign]
 
 
+class Uncaptured(logging.Handler):
+    """Keeps what the log says of parts that run op by op although they were compiled."""
+
+    reasons: ClassVar[dict[str, None]] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.reasons[record.getMessage()] = None
+
+
 def main() -> None:
     """Answer cases until stdin ends or the worker is gone."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
@@ -66,6 +78,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     Trips.install()
+    logging.getLogger("millpond.pool").addHandler(Uncaptured())
     for line in sys.stdin:
         case = json.loads(line)
         result = run(case) if "name" in case else {"names": names(case["kind"], getattr(torch, case["dtype"]))}
@@ -78,16 +91,23 @@ def names(kind: str, dtype: torch.dtype) -> list[str]:
     """Return the cases of a database that plain CPU has for a dtype."""
     if kind == "operator":
         return [op.full_name for op in op_db if op.supports_dtype(dtype, "cpu")]
-    if kind == "module":
+    if kind.endswith("module"):
         return [info.name for info in module_db if dtype in info.dtypes]
     return [info.optim_cls.__name__ for info in optim_db] if dtype.is_floating_point else []
 
 
 def run(case: dict[str, Any]) -> dict[str, Any]:
     """Return the outcome of a case: pass, wrong, error or skipped, with samples, message and round trips."""
-    checks = {"operator": operator_checks, "module": module_checks, "optimizer": optimizer_checks}
+    checks: dict[str, Callable[[str, torch.dtype, int], Iterator[Check]]] = {
+        "operator": operator_checks,
+        "module": module_checks,
+        "optimizer": optimizer_checks,
+        "compiled module": partial(module_checks, compiled=True),
+        "compiled optimizer": partial(optimizer_checks, compiled=True),
+    }
     samples, trips = 0, [0, 0]
     message, outcome = "", ""
+    Uncaptured.reasons.clear()
     try:
         for check in checks[case["kind"]](case["name"], getattr(torch, case["dtype"]), case["samples"]):
             try:
@@ -105,6 +125,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
         with contextlib.suppress(Exception):
             torch.pool.synchronize()  # type: ignore[attr-defined]  # what else failed belongs to this case
     outcome = outcome or ("pass" if samples else "skipped")
+    message = message or "; ".join(Uncaptured.reasons)
     return {"outcome": outcome, "message": message[:1500], "passed": samples, "forward": trips[0], "backward": trips[1]}
 
 
@@ -140,7 +161,7 @@ def operator_checks(name: str, dtype: torch.dtype, most: int) -> Iterator[Check]
             yield lambda call=call, work=work_in_place: compare(work, call)  # type: ignore[misc]
 
 
-def module_checks(name: str, dtype: torch.dtype, most: int) -> Iterator[Check]:
+def module_checks(name: str, dtype: torch.dtype, most: int, *, compiled: bool = False) -> Iterator[Check]:
     """Yield a check for each sample of a module, in training and in evaluation."""
     info = next(info for info in module_db if info.name == name)
     for training in (True, False) if info.train_and_eval_differ else (True,):
@@ -158,14 +179,20 @@ def module_checks(name: str, dtype: torch.dtype, most: int) -> Iterator[Check]:
                     module = info.module_cls(*construct.args, **construct.kwargs).to(dtype).train(training)
                     modules[device.type] = module.to(device)
 
-                def work(call: Any, modules: dict[str, torch.nn.Module] = modules) -> Any:
+                answers: dict[str, Any] = dict(modules)
+                if compiled:
+                    torch.compiler.reset()  # else the next module of a class may be one too many to compile
+                    answers[POOL.type] = torch.compile(modules[POOL.type])
+
+                def work(call: Any) -> Any:
                     args, kwargs, here = call
-                    module = modules[CPU.type if here.device == CPU else POOL.type]
-                    result = module(*args, **kwargs)
-                    return result, list(module.buffers())
+                    kind = CPU.type if here.device == CPU else POOL.type
+                    result = answers[kind](*args, **kwargs)
+                    return result, [buffer.clone() for buffer in modules[kind].buffers()]
 
                 call = (forward.args, forward.kwargs, torch.empty(0))
-                return compare(work, call, others=lambda here: weights(modules[here.type]))
+                times = 3 if compiled else 1
+                return compare(work, call, others=lambda here: weights(modules[here.type]), times=times)
 
             yield check
 
@@ -175,7 +202,7 @@ def weights(module: torch.nn.Module) -> list[torch.Tensor]:
     return [weight for weight in module.parameters() if not torch.nn.parameter.is_lazy(weight)]
 
 
-def optimizer_checks(name: str, dtype: torch.dtype, most: int) -> Iterator[Check]:
+def optimizer_checks(name: str, dtype: torch.dtype, most: int, *, compiled: bool = False) -> Iterator[Check]:
     """Yield a check for each configuration of an optimizer: plain, foreach and fused."""
     info = next(info for info in optim_db if info.optim_cls.__name__ == name)
     for sample in choose(info.optim_inputs_func(device="cpu"), most):
@@ -188,7 +215,7 @@ def optimizer_checks(name: str, dtype: torch.dtype, most: int) -> Iterator[Check
                 results, trips = [], 0
                 for device in (CPU, POOL):
                     before = Trips.count
-                    results.append(_train(info, kwargs, dtype, device))
+                    results.append(_train(info, kwargs, dtype, device, compiled=compiled and device == POOL))
                     trips = Trips.count - before
                 same(results[1], results[0], f"{flag or 'plain'} {kwargs}")
                 return trips // STEPS, 0
@@ -196,7 +223,9 @@ def optimizer_checks(name: str, dtype: torch.dtype, most: int) -> Iterator[Check
             yield check
 
 
-def _train(info: Any, kwargs: dict[str, Any], dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
+def _train(
+    info: Any, kwargs: dict[str, Any], dtype: torch.dtype, device: torch.device, *, compiled: bool
+) -> list[torch.Tensor]:
     torch.manual_seed(SEED)
     sparse = info.only_supports_sparse_grads
     if sparse:
@@ -219,9 +248,17 @@ def _train(info: Any, kwargs: dict[str, Any], dtype: torch.dtype, device: torch.
         loss.backward()
         return loss
 
+    if compiled:
+        torch.compiler.reset()
+    step = torch.compile(optimizer.step) if compiled else optimizer.step
+    own_backward = compiled and info.optim_cls.__name__ != "LBFGS"  # a closure is nothing that PyTorch compiles well
     for _ in range(STEPS):
         try:
-            optimizer.step(closure)
+            if own_backward:
+                closure()
+                step()
+            else:
+                step(closure)
         except Exception as error:
             if device == CPU:
                 raise Skip from error
@@ -249,18 +286,23 @@ def compare(
     undefined: bool = False,
     on_host: bool = False,
     others: Callable[[torch.device], list[torch.Tensor]] = lambda here: [],
+    times: int = 1,
 ) -> tuple[int, int]:
-    """Do the work on CPU and on the pool; raise Wrong if results or gradients differ; return round trips."""
-    inputs = to_device(call, CPU)
-    try:
-        expected = evaluate(work, inputs, others(CPU))
-    except Exception as error:
-        raise Skip from error
-    inputs = to_device(call, POOL, arguments=not on_host)
-    torch.pool.synchronize()  # type: ignore[attr-defined]
-    found = evaluate(work, inputs, others(POOL))
-    same(found[0], expected[0], "result", values=not undefined)
-    same(found[1], expected[1], "gradient", values=not undefined)
+    """Do the work on CPU and on the pool, a number of times; raise Wrong if results or gradients differ.
+
+    Returns the round trips of forward and backward on the pool.
+    """
+    for _ in range(times):
+        inputs = to_device(call, CPU)
+        try:
+            expected = evaluate(work, inputs, others(CPU))
+        except Exception as error:
+            raise Skip from error
+        inputs = to_device(call, POOL, arguments=not on_host)
+        torch.pool.synchronize()  # type: ignore[attr-defined]
+        found = evaluate(work, inputs, others(POOL))
+        same(found[0], expected[0], "result", values=not undefined)
+        same(found[1], expected[1], "gradient", values=not undefined)
     if found[2] or found[3]:  # some only the first time: count what every further call costs
         found = evaluate(work, to_device(call, POOL, arguments=not on_host), others(POOL))
     return found[2], found[3]

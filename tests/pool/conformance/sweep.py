@@ -33,11 +33,13 @@ HERE = Path(__file__).parent
 LIMIT_S = 120.0
 """How long one case may take; a program that hangs is ended, and the case counts as a crash."""
 KINDS = ("operator", "module", "optimizer")
+COMPILED = ("compiled module", "compiled optimizer")
 PAGE = HERE.parents[2] / "docs/reference/operators.md"
 
 LACKING = {
     ("operator", "sparse.sampled_addmm"): "sparse tensors on the device are COO; this wants CSR",
     ("operator", "sparse.mm.reduce"): "sparse tensors on the device are COO; this wants CSR",
+    ("compiled module", "nn.MultiLabelMarginLoss"): "PyTorch's compiler gives one unreduced loss a dimension too many",
 }
 """What fails, and why; a test keeps it complete and without what works by now."""
 
@@ -45,9 +47,10 @@ HEAD = """# Operators on the pool device
 
 Every operator, module and optimizer in the databases of PyTorch's own test suite (`torch.testing._internal`), result
 and gradient on `pool:0` against plain CPU, bit for bit but for PyTorch's own tolerances, under the same seed, with a
-worker in another process over a real socket. A round trip is a wait for the worker: an operator without one streams.
-The figures are the most that any sample took, from its second call on: a shape that only the worker knows is asked
-for once for each signature, and never again.
+worker in another process over a real socket. What is compiled goes through `torch.compile` on the pool, several times
+in a row. A round trip is a wait for the worker: an operator without one streams. The figures are the most that any
+sample took, from its second call on: a shape that only the worker knows is asked for once for each signature, and never
+again.
 
 *This page is written by `python tests/pool/conformance/sweep.py --dtype DTYPE … --samples 4 --page`.*
 """
@@ -163,6 +166,14 @@ def page(results: Iterable[Result]) -> str:
         "|---|---|---|---|---|",
         *(row(those) for those in by_database.values()),
     ]
+    uncaptured = [
+        f"{result['kind'].removeprefix('compiled ')} `{result['name']}`"
+        for result in results
+        if result["kind"] in COMPILED and result["outcome"] == "pass" and result["message"]
+    ]
+    if uncaptured:
+        why = "Compiled, these run op by op in whole or in part, and a line in the log says why"
+        lines += ["", f"{why}: {', '.join(uncaptured)}."]
     for (kind, dtype), those in by_database.items():
         if dtype != "float32":
             continue  # the same round trips again
@@ -177,7 +188,7 @@ def page(results: Iterable[Result]) -> str:
 def main() -> None:
     """Run what the arguments say; print a line per case that did not pass, and the counts."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--kind", choices=KINDS, action="append")
+    parser.add_argument("--kind", choices=KINDS + COMPILED, action="append")
     parser.add_argument("--dtype", nargs="+", default=["float32"])
     parser.add_argument("--samples", type=int, default=0, help="most samples per case; 0: all")
     parser.add_argument("--only", default="", help="a regular expression for names")
@@ -186,8 +197,11 @@ def main() -> None:
     parser.add_argument("--page", action="store_true", help=f"write {PAGE.relative_to(PAGE.parents[2])}")
     options = parser.parse_args()
     results: list[Result] = []
+    cases = itertools.product(options.dtype, options.kind or KINDS)
+    if not options.kind:
+        cases = itertools.chain(cases, itertools.product(["float32"], COMPILED))
     with tempfile.TemporaryDirectory() as directory, Site(Path(directory)) as site:
-        for dtype, kind in itertools.product(options.dtype, options.kind or KINDS):
+        for dtype, kind in cases:
             those = sweep(site, kind, dtype, percent=options.percent, samples=options.samples, only=options.only)
             for result in those:
                 if result["outcome"] not in ("pass", "skipped"):
