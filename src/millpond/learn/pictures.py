@@ -129,7 +129,7 @@ def target_figure(runs: Mapping[str, Sequence[RunLog]], target: float) -> Figure
     axes.axhline(target, color="#132325", linewidth=1, linestyle=":", label=f"target {target:.1%}")
     axes.set(xlabel="seconds since the start of the run", title="Accuracy on the test split after each epoch")
     axes.set_xlim(left=0)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(alpha=0.6)
     axes.margins(y=0.12)
     axes.legend(fontsize="small", loc="best")
