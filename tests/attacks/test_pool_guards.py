@@ -68,6 +68,18 @@ HOSTILE = [
     ("polygamma_", torch.tensor([0.5 - 2**50], dtype=torch.float64), 2),
     ("repeat_interleave.Tensor", torch.tensor([2**63 - 1, 1])),
     ("binomial", torch.tensor([NAN]), x(1)),
+    ("replication_pad2d_backward", x(0, 3, 4, 5), x(5, 3, 4, 4), [1, 0, 0, 0]),
+    ("reflection_pad1d_backward", x(1, 1, 110), x(1, 1, 5), [1, 2]),
+    ("replication_pad2d", x(5, 3, 4, 4), [2**48, 0, 0, 0]),
+    ("avg_pool3d_backward", x(2, 3, 1, 2, 2), x(3, 3, 2, 4, 4), [2, 2, 2], [], [0, 0, 0], False, True, None),
+    ("_adaptive_avg_pool2d_backward", x(1, 8, 5, 7), x(1, 8, 0, 7)),
+    ("adaptive_max_pool3d_backward", x(1, 1, 2, 2, 2), x(1, 1, 4, 4, 4), none(1).expand(1, 1, 2, 2, 2)),
+    ("grid_sampler_2d_backward", x(1, 2, 4, 4), x(1, 2, 4, 4), x(1, 7, 7, 2), 0, 0, False, [True, True]),
+    ("multi_margin_loss_backward", x(0), x(()), none(), 1, 1.0, None),
+    ("multilabel_margin_loss_backward", x(0), x(5), none(5), 1, x(5)),
+    ("native_layer_norm_backward", x(1, 2, 3), x(1, 2, 3), [3], x(1, 1, 1), x(0, 1, 1), x(3), x(3), [True] * 3),
+    ("lu_unpack", x(7, 5), torch.ones(1, dtype=torch.int32)),
+    ("linalg_ldl_solve", x(3, 3), torch.tensor([1, 2, -3], dtype=torch.int32), x(3, 3)),
     ("_chunk_cat", [torch.tensor(1.0)], 0, 1),
 ]
 WELL_MEANT = [
@@ -90,6 +102,14 @@ WELL_MEANT = [
     ("special_zeta", x(1) + 1, torch.tensor([-(2.0**50), -7.5])),
     ("polygamma", 3, x(4)),
     ("repeat_interleave.Tensor", torch.tensor([2, 0, 1])),
+    ("replication_pad2d_backward", x(5, 3, 4, 7), x(5, 3, 4, 4), [1, 2, 0, 0]),
+    ("replication_pad2d", x(5, 3, 4, 4), [1, -1, 2, 0]),
+    ("avg_pool2d_backward", x(3, 2, 2), x(3, 4, 4), [2, 2], [], [0, 0], False, True, None),
+    ("grid_sampler_2d_backward", x(1, 2, 7, 7), x(1, 2, 4, 4), x(1, 7, 7, 2), 0, 0, False, [True, True]),
+    ("multi_margin_loss_backward", x(4), x(4, 5), none(4), 1, 1.0, None, 0),
+    ("native_layer_norm_backward", x(1, 2, 3), x(1, 2, 3), [3], x(1, 2, 1), x(1, 2, 1), x(3), x(3), [True] * 3),
+    ("linalg_ldl_solve", x(3, 3), torch.tensor([1, -3, -3], dtype=torch.int32), x(3, 3)),
+    ("lu_unpack", x(2, 7, 5), torch.ones(2, 5, dtype=torch.int32)),
 ]
 
 

@@ -31,6 +31,9 @@ def of(name: str) -> Callable[..., None] | None:
 def _padding(dims: int) -> Callable[..., None]:
     def check(gradient: torch.Tensor, x: torch.Tensor, padding: Sequence[int], **_out: Any) -> None:
         _require(len(padding) == 2 * dims and x.dim() > dims, "two paddings for each padded dimension")
+        added = [padding[2 * place] + padding[2 * place + 1] for place in reversed(range(dims))]
+        padded = [size + more for size, more in zip(x.shape[-dims:], added, strict=True)]
+        _require(x.dim() <= dims + 2 and gradient.shape == (*x.shape[:-dims], *padded), "a gradient for each number")
 
     return check
 
@@ -51,9 +54,68 @@ def _fractional_pool(dims: int) -> Callable[..., None]:
     return check
 
 
+def _pads(dims: int) -> Callable[..., None]:
+    def check(x: torch.Tensor, padding: Sequence[int], **_out: Any) -> None:
+        fit = len(padding) == 2 * dims < 2 * x.dim() and all(abs(pad) < 2**31 for pad in padding)
+        _require(fit, "two paddings for each padded dimension")
+
+    return check
+
+
+def _grid(gradient: torch.Tensor, x: torch.Tensor, grid: torch.Tensor, *_: Any, **_out: Any) -> None:
+    _require(x.dim() == grid.dim() in (4, 5), "images and grids of as many dimensions")
+    shape = (x.size(0), x.size(1), *grid.shape[1:-1])
+    _require(gradient.shape == shape and grid.size(-1) == x.dim() - 2, "a gradient for each number of the result")
+
+
+def _margins(place: int) -> Callable[..., None]:
+    def check(gradient: torch.Tensor, x: torch.Tensor, _target: Any, *rest: Any, **_out: Any) -> None:
+        reduced = rest[place] != 0 if len(rest) > place else True
+        rows = x.size(0) if x.dim() == 2 else 1
+        _require(x.dim() <= 2 and gradient.numel() == (1 if reduced else rows), "a gradient for each number")
+
+    return check
+
+
+def _layer_norm(
+    gradient: torch.Tensor, x: torch.Tensor, sizes: Sequence[int], mean: torch.Tensor, deviation: torch.Tensor,
+    weight: Any, bias: Any, *_: Any, **_out: Any,
+) -> None:  # fmt: skip
+    kept = x.dim() - len(sizes)
+    _require(0 <= kept < x.dim() and tuple(x.shape[kept:]) == tuple(sizes), "the sizes that it was normalized over")
+    rows = math.prod(x.shape[:kept])
+    fit = gradient.shape == x.shape and mean.numel() == deviation.numel() == rows
+    _require(fit and all(v is None or tuple(v.shape) == tuple(sizes) for v in (weight, bias)), "statistics of each row")
+
+
+def _pivots(factors: torch.Tensor, pivots: torch.Tensor, *_: Any, **_out: Any) -> None:
+    fit = factors.dim() >= 2 and pivots.shape == (*factors.shape[:-2], min(factors.shape[-2:]))
+    _require(fit, "a pivot for each column")
+    if pivots.device.type == "cpu":
+        _within(pivots.abs(), factors.size(-2) + 1, least=1)
+
+
+def _pivots_of_blocks(factors: torch.Tensor, pivots: torch.Tensor, *_: Any, **_out: Any) -> None:
+    """Require pivots as LAPACK's ?sytrf makes them: a block of two has the same negative number twice."""
+    _pivots(factors, pivots)
+    if pivots.device.type == "cpu":
+        for row in pivots.reshape(-1, pivots.size(-1)).tolist() if pivots.numel() else ():
+            place = 0
+            while place < len(row):
+                block = 1 if row[place] > 0 else 2
+                _require(len(set(row[place : place + 2])) == 1 < len(row) - place or block == 1, "pivots in pairs")
+                place += block
+
+
+def _consecutive_pool(gradient: torch.Tensor, x: torch.Tensor, indices: torch.Tensor, **_out: Any) -> None:
+    _pooled(3, True)(gradient, x, indices)
+    _require(indices.is_contiguous(), "contiguous indices")
+
+
 def _pooled(dims: int, by_indices: bool) -> Callable[..., None]:
     def check(gradient: torch.Tensor, x: torch.Tensor, *rest: Any, **_out: Any) -> None:
         alike = gradient.dim() == x.dim() in (dims + 1, dims + 2) and gradient.shape[:-dims] == x.shape[:-dims]
+        alike = alike and min(*gradient.shape[-dims:], *x.shape[-dims:]) > 0 and gradient.dtype == x.dtype
         _require(alike, "a gradient for each number of the result")
         if by_indices:
             _require(rest[-1].shape == gradient.shape, "an index for each gradient")
@@ -406,10 +468,19 @@ _GUARDS: dict[str, Callable[..., None]] = {
     "_native_batch_norm_legit_functional": _batch_norm,
     **dict.fromkeys(("native_batch_norm_backward", "batch_norm_backward"), _batch_norm_backward),
     "batch_norm_update_stats": _update_statistics,
+    **dict.fromkeys(("grid_sampler_2d_backward", "grid_sampler_3d_backward"), _grid),
+    "multi_margin_loss_backward": _margins(3),
+    "multilabel_margin_loss_backward": _margins(0),
+    **{f"avg_pool{dims}d_backward": _pooled(dims, False) for dims in (2, 3)},
+    **{f"{how}_pad{dims}d": _pads(dims) for how in ("reflection", "replication") for dims in (1, 2, 3)},
+    "native_layer_norm_backward": _layer_norm,
+    **dict.fromkeys(("lu_unpack", "linalg_lu_solve"), _pivots),
+    "linalg_ldl_solve": _pivots_of_blocks,
     "range": _range,
     **{f"_adaptive_avg_pool{dims}d_backward": _pooled(dims, False) for dims in (2, 3)},
     "adaptive_avg_pool3d_backward": _pooled(3, False),
-    **{f"adaptive_max_pool{dims}d_backward": _pooled(dims, True) for dims in (2, 3)},
+    "adaptive_max_pool2d_backward": _pooled(2, True),
+    "adaptive_max_pool3d_backward": _consecutive_pool,
     **{f"max_pool{dims}d_with_indices_backward": _pooled(dims, True) for dims in (2, 3)},
     **dict.fromkeys(("nll_loss_backward", "nll_loss2d_backward"), _classes),
     "_ctc_loss": _ctc,
