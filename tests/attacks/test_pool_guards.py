@@ -51,6 +51,7 @@ HOSTILE = [
     ("_segment_reduce_backward", x(2, 2), x(2, 2), x(4, 2), "sum", {"lengths": torch.tensor([FAR, 4])}),
     ("_cdist_backward", x(1), x(400, 2), x(900, 2), 1.0, x(1)),
     ("_pdist_backward", x(8), x(4, 4), 0.5, x(4)),
+    ("_pdist_backward", x(0), x(0, 1), 2.0, x(0)),
     ("_scaled_dot_product_flash_attention_for_cpu", x(1, 2, 64, 8), x(9, 9, 64, 8), x(1, 1, 1, 8)),
     ("rrelu_with_noise.out", x(400), x(400), 0.1, 0.3, True, {"out": x(0)}),
     ("batch_norm_update_stats", x(2, 300), x(1), x(1), 0.1),

@@ -263,7 +263,7 @@ def _distances_backward(
 def _pair_distances_backward(
     gradient: torch.Tensor, x: torch.Tensor, _norm: float, distances: torch.Tensor, **_out: Any
 ) -> None:
-    _require(x.dim() == 2, "a list of points")
+    _require(x.dim() == 2 and len(x) > 0, "a list of points")
     pairs = (x.size(0) * (x.size(0) - 1) // 2,)
     _require(gradient.shape == distances.shape == pairs, "a gradient and a distance for each pair")
     _packed(gradient, distances, dtype=x.dtype)
