@@ -81,6 +81,8 @@ HOSTILE = [
     ("native_layer_norm_backward", x(1, 2, 3), x(1, 2, 3), [3], x(1, 1, 1), x(0, 1, 1), x(3), x(3), [True] * 3),
     ("lu_unpack", x(7, 5), torch.ones(1, dtype=torch.int32)),
     ("linalg_ldl_solve", x(3, 3), torch.tensor([1, 2, -3], dtype=torch.int32), x(3, 3)),
+    ("lcm", torch.tensor([-(2**63)]), torch.tensor([3])),
+    ("gelu_backward", x(4), x(2, 4)),
     ("_chunk_cat", [torch.tensor(1.0)], 0, 1),
 ]
 WELL_MEANT = [

@@ -314,6 +314,17 @@ def _quotient(x: Any, other: Any, *, rounding_mode: str | None = None, **_out: A
             _require(not bool(beyond.any()), f"a quotient of {least} by something else than -1")
 
 
+def _multiple(x: torch.Tensor, other: torch.Tensor, **_out: Any) -> None:
+    dtype = torch.result_type(x, other)
+    if x.device.type == "cpu" and dtype in (torch.int32, torch.int64):
+        least = torch.iinfo(dtype).min
+        _require(not any(bool((each.to(dtype) == least).any()) for each in (x, other)), f"numbers above {least}")
+
+
+def _alike(gradient: torch.Tensor, x: torch.Tensor, **_options: Any) -> None:
+    _require(gradient.shape == x.shape and gradient.dtype == x.dtype, "a gradient for each number")
+
+
 def _random_bounds(*arguments: Any, **options: Any) -> None:
     """Require bounds that the kernel, which adds or takes away one and halves its way to 0, comes to an end with."""
     _require(all(not isinstance(bound, int) or bound != -LAST for bound in (*arguments, *options.values())), "a bound")
@@ -505,6 +516,8 @@ _GUARDS: dict[str, Callable[..., None]] = {
     **dict.fromkeys((f"special_{name}" for name in _POLYNOMIALS), _polynomial),
     "_chunk_cat": _chunks,
     "repeat_interleave": _repeats,
+    **dict.fromkeys(("lcm", "lcm_"), _multiple),
+    "gelu_backward": _alike,
     "binomial": _counted,
     "special_zeta": _zeta,
     **dict.fromkeys(("polygamma", "polygamma_"), _polygamma),
