@@ -387,20 +387,21 @@ def network_between_two_hosts(prefix: str) -> Iterator[tuple[str, str]]:
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True, timeout=20)
 
 
-@pytest.mark.slow
-def test_two_machines_with_a_cable_between_them_and_then_without_it(tmp_path):
+@contextlib.contextmanager
+def two_machines(tmp_path: Path, grace_s: int) -> Iterator[tuple[str, Callable[..., subprocess.Popen[bytes]]]]:
+    """A broker on the one, a joined host on the other; gives the first's name, and how to start `millpond pool`."""
     environ = {
         **os.environ,
         "MILLPOND_HOME": str(tmp_path / "state"),
         "MILLPOND_POOL_TOKEN": "the pool's token",
         "MILLPOND_POOL_ADDRESS": "10.77.0.1:7070",
         "MILLPOND_POOL_MEMORY": "1GiB",
-        "MILLPOND_POOL_GRACE_S": "4",
+        "MILLPOND_POOL_GRACE_S": str(grace_s),
         "OMP_NUM_THREADS": "1",
     }
     with network_between_two_hosts(f"millpond-{os.getpid()}") as (one, other), contextlib.ExitStack() as stack:
 
-        def start(where: str, *arguments: str) -> subprocess.Popen[bytes]:
+        def start(*arguments: str, where: str = one) -> subprocess.Popen[bytes]:
             log = stack.enter_context((tmp_path / f"{arguments[0]}.log").open("wb"))
             command = ["ip", "netns", "exec", where, *MILLPOND, *arguments]
             process = subprocess.Popen(command, env=environ, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
@@ -408,21 +409,56 @@ def test_two_machines_with_a_cable_between_them_and_then_without_it(tmp_path):
             stack.callback(process.send_signal, signal.SIGTERM)
             return process
 
-        def status() -> str:
-            command = ["ip", "netns", "exec", one, *MILLPOND, "status", "--json"]
-            done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60, check=False)
-            return done.stdout
+        start("serve", "--bind", "0.0.0.0")
+        start("join", "--name", "gpu-2", where=other)
+        wait_for(lambda: "millpond pool: joined" in (tmp_path / "join.log").read_text(), 60)
+        yield one, start
 
-        start(one, "serve", "--bind", "0.0.0.0")
-        start(other, "join", "--name", "gpu-2")
-        wait_for(lambda: "gpu-2" in status(), 60)
-        ran = start(one, "run", "-n", "2", "--", sys.executable, "-c", COPY)
+
+@pytest.mark.slow
+def test_two_machines_with_a_cable_between_them_and_then_without_it(tmp_path):
+    with two_machines(tmp_path, grace_s=4) as (one, start):
+
+        def status() -> str:
+            asked = start("status", "--json")
+            assert asked.wait(60) == 0
+            return (tmp_path / "status.log").read_text()
+
+        ran = start("run", "-n", "2", "--", sys.executable, "-c", COPY)
         assert ran.wait(120) == 0, (tmp_path / "run.log").read_text()
         assert "cuda:1 True [2.0, 2.0, 2.0]" in (tmp_path / "run.log").read_text()
-        hold = start(one, "run", "-n", "2", "--", "sleep", "600")
+        hold = start("run", "-n", "2", "--", "sleep", "600")
         wait_for(lambda: '"active"' in status(), 60)
         ip("-n", one, "link", "set", "cable", "down")
         assert hold.wait(60) != 0
         wait_for(lambda: "is lost with its host gpu-2" in status() and '"host": "gpu-2"' not in status(), 60)
         ip("-n", one, "link", "set", "cable", "up")
         wait_for(lambda: '"host": "gpu-2"' in status(), 60)
+
+
+BACK_AND_FORTH = """
+import time, torch
+there = torch.zeros(300_000, device="cuda:0")
+started, rounds = time.monotonic(), 0
+while time.monotonic() - started < 30:
+    there = (there.to("cuda:1") + 1).to("cuda:0") + 1
+    if (rounds := rounds + 1) % 10 == 0:
+        print("round", rounds, there.min().item() == there.max().item() == 2 * rounds, flush=True)
+print("end", there.min().item() == there.max().item() == 2 * rounds)
+"""
+
+
+@pytest.mark.slow
+def test_a_cable_pulled_between_two_hosts_of_a_lease_for_twelve_seconds_is_only_a_pause(tmp_path):
+    with two_machines(tmp_path, grace_s=30) as (one, start):
+        ran = start("run", "-n", "2", "--", sys.executable, "-c", BACK_AND_FORTH)
+        wait_for(lambda: "round 20 True" in (tmp_path / "run.log").read_text(), 60)
+        ip("-n", one, "link", "set", "cable", "down")
+        pulled = time.monotonic()
+        wait_for(lambda: time.monotonic() - pulled > 12)
+        ip("-n", one, "link", "set", "cable", "up")
+        assert ran.wait(100) == 0, (tmp_path / "run.log").read_text()
+        shown = (tmp_path / "run.log").read_text()
+        assert "end True" in shown
+        assert "False" not in shown
+        assert "host gpu-2 is lost" not in (tmp_path / "serve.log").read_text()

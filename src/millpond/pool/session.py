@@ -30,6 +30,8 @@ FLUSH_S = 0.001
 """How long items may wait for company, so that the worker never starves."""
 IDLE_ROUNDS = 50
 """The flushing thread sleeps after so many rounds with nothing to send."""
+LOOK_S = 1.0
+"""How often a session that issues nothing looks whether its connection stands."""
 WAIT_S = 0.5
 """How long to wait for an answer before looking whether there is anything else to do, again and again."""
 REMEMBERED_SITES = 1 << 16
@@ -113,14 +115,29 @@ class Session:
                 batch, self._items = wire.Batch(self._items), []
                 self._sent += len(batch.items)
                 self.link.send(batch, memoryview(payload))
-                while self._owed == 0 and self.link.has_input():
-                    if taken := self.link.take():
-                        self._take(taken[0])
+                self._take_in()
             except (ConnectionLost, WireError) as error:
                 self._lose(error)
             except BaseException:
                 self._lose(WireError("interrupted within a message"))
                 raise
+
+    def _take_in(self) -> None:
+        while self._owed == 0 and self.link.has_input():
+            if taken := self.link.take():
+                self._take(taken[0])
+
+    def _look(self) -> None:
+        """Take in what has come, and mend a connection that broke.
+
+        The program may wait for another device, whose worker waits for what this one is to send it.
+        """
+        with self.lock, hold_back_interrupts():
+            try:
+                if self.lost is None:
+                    self._take_in()
+            except (ConnectionLost, WireError) as error:
+                self._lose(error)
 
     def request(self, item: wire.Item, answer: type[Answer], what: Any = "") -> tuple[Answer, memoryview]:
         """Issue an item, and wait for its answer and payload.
@@ -317,7 +334,9 @@ class Session:
     def _flush_by_time(self) -> None:
         quiet = 0
         while self.lost is None:
-            self._awake.wait()
+            if not self._awake.wait(LOOK_S):
+                self._look()
+                continue
             time.sleep(FLUSH_S)
             if self._items:
                 quiet = 0
