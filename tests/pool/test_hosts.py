@@ -124,7 +124,7 @@ def test_a_lease_on_a_host_outlives_breaks_of_its_connection_to_the_broker(site,
         assert site.lease_status(lease.granted.lease).state == "active"
         assert host.workers() == [worker]
     wait_for(lambda: not host.workers())
-    assert [device.free_bytes for device in site.status().devices] == [4 * GIB, 8 * GIB]
+    wait_for(lambda: [device.free_bytes for device in site.status().devices] == [4 * GIB, 8 * GIB])
 
 
 def test_both_ends_agree_again_on_what_became_of_workers_while_they_were_apart(site, join, relay):
