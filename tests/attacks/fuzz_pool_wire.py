@@ -1,6 +1,6 @@
 """Send a worker's end of a session what hostile clients may send: any number of frames, repeatable by a seed.
 
-    python tests/attacks/fuzz_pool_wire.py [--frames 1000000] [--seed 0] [--way ops] [--ops REGEX] [--only SESSION]
+    python tests/attacks/fuzz_pool_wire.py [--frames 1000000] [--seed 0] [--way samples] [--ops REGEX] [--only SESSION]
 
 The frames run in a process of their own, under the limits of a worker, in tensors that end at a guard page: a kernel
 that reads or writes beyond an operand ends the process, which is noted, and the next session goes on in a new one.
@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import msgspec
 import torch
 
-from attacks import pool_frames
+from attacks import pool_frames, pool_samples
 from attacks.pool_frames import Frame
 from millpond.pool import wire
 from millpond.pool.errors import WireError
@@ -45,6 +45,7 @@ from millpond.pool.graphs import GraphExecutor
 LEASE_BYTES = 64 * 2**20
 DATA_BYTES = 2**30
 """What the process may take beyond what it began with."""
+SAMPLES_OF_SESSION = 20
 LIMIT_S = 20.0
 """How long one frame may take."""
 PAGE = mmap.PAGESIZE
@@ -155,6 +156,12 @@ def frames_of(seed: int, session: int, recorded: Sequence[Frame], way: str | Non
     return pool_frames.session(Random(f"{seed}/{session}"), recorded, way)
 
 
+def samples_of(seed: int, session: int, calls: Sequence[Sequence[pool_samples.Call]]) -> Iterator[Frame]:
+    chance = Random(f"{seed}/{session}")
+    for _ in range(SAMPLES_OF_SESSION):
+        yield pool_samples.altered(chance.choice(chance.choice(calls)), chance)
+
+
 def _run(
     board: Board,
     tally: Tally,
@@ -223,7 +230,14 @@ def fuzz(
     """Run `frames` frames; yield what is wrong, each with the session that shows it."""
     torch.set_num_threads(1)
     torch.ones(64, 64).matmul(torch.ones(64, 64))  # what is made at first use is made before the limits
-    recorded = pool_frames.well_meant()
+    of_session: Callable[[int], Iterator[Frame]]
+    if way == pool_frames.SAMPLES:
+        named = set(pool_frames.op_names())
+        of_session = functools.partial(
+            samples_of, seed, calls=[calls for calls in pool_samples.record() if calls[0].op in named]
+        )
+    else:
+        of_session = functools.partial(frames_of, seed, recorded=pool_frames.well_meant(), way=way)
     forked = multiprocessing.get_context("fork")
     done, first = 0, only or 0
     while done < frames:
@@ -232,7 +246,6 @@ def fuzz(
         with tempfile.TemporaryDirectory() as directory:
             log = Path(directory) / "log"
             last = first + 1 if only is not None else 2**40
-            of_session = functools.partial(frames_of, seed, recorded=recorded, way=way)
             process = forked.Process(
                 target=_run, args=(board, tally, first, last, frames - done, of_session, log), daemon=True
             )
@@ -273,7 +286,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="another seed, other frames (default: %(default)s)")
     parser.add_argument("--only", type=int, metavar="SESSION", help="repeat one session")
     parser.add_argument("--ops", help="only ops whose names match this regular expression")
-    parser.add_argument("--way", choices=pool_frames.WAYS, help="only sessions of one kind (default: all)")
+    parser.add_argument(
+        "--way", choices=(*pool_frames.WAYS, pool_frames.SAMPLES), help="only sessions of one kind (default: all)"
+    )
     options = parser.parse_args()
     if options.ops:
         names = [name for name in pool_frames.op_names() if re.search(options.ops, name)]

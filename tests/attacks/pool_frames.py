@@ -35,7 +35,7 @@ PLANS = 4
 
 HINTS: dict[str, Callable[[Random], Any]] = {
     "op": lambda chance: chance.choice(op_names()),
-    "dtype": lambda chance: chance.choice(_dtypes()),
+    "dtype": lambda chance: chance.choice(dtypes()),
     "plan": lambda chance: chance.randrange(PLANS),
     "graph": lambda chance: chance.randrange(2),
     "slot": lambda chance: chance.randrange(3),
@@ -134,14 +134,15 @@ def op_names() -> list[str]:
 
 
 @functools.cache
-def _dtypes() -> list[str]:
+def dtypes() -> list[str]:
+    """Return names of dtypes, the common ones more than once."""
     common = ["float32"] * 12 + ["int64"] * 8 + ["float64", "int32", "uint8", "bool"] * 2
     return common + [name for name, dtype in codec.DTYPES.items() if dtype.itemsize]
 
 
 def tensor(chance: Random, handle: int, sizes: tuple[int, ...]) -> wire.Put:
     """Return an upload: ordinary numbers, or indices of which some lie outside of everything."""
-    name = "float32" if handle < 4 else "int64" if handle < 7 else chance.choice(_dtypes())
+    name = "float32" if handle < 4 else "int64" if handle < 7 else chance.choice(dtypes())
     dtype = codec.DTYPES[name]
     count = torch.Size(sizes).numel()
     if dtype in (torch.int64, torch.int32):
@@ -175,7 +176,7 @@ def call(op: str, chance: Random, plan: int) -> tuple[wire.Define, wire.Ask | wi
             view = None
             if chance.random() < 0.2:
                 sizes = chance.choice(SIZES)
-                view = wire.View(chance.choice(_dtypes()), sizes, tuple(chance.choice((0, 1, 2)) for _ in sizes), 0)
+                view = wire.View(chance.choice(dtypes()), sizes, tuple(chance.choice((0, 1, 2)) for _ in sizes), 0)
             return wire.Operand(len(operands) - 1, view)
         if kind in ("int", "SymInt"):
             return chance.choice((0, 1, 1, 2, 3, -1)) if small else chance.choice(EDGES)
@@ -203,7 +204,7 @@ def call(op: str, chance: Random, plan: int) -> tuple[wire.Define, wire.Ask | wi
             keywords[formal.name] = value
         else:
             arguments.append(value)
-    beliefs = [wire.Geometry(chance.choice(_dtypes()), (4,), (1,))] if chance.random() < 0.2 else []
+    beliefs = [wire.Geometry(chance.choice(dtypes()), (4,), (1,))] if chance.random() < 0.2 else []
     kind = wire.Call if chance.random() < 0.2 else wire.Ask
     return wire.Define(plan, op, arguments, keywords, beliefs), kind(plan, operands, chance.randrange(HANDLES))
 
@@ -286,15 +287,15 @@ def with_other_bytes(frame: Frame, chance: Random) -> Frame:
 def with_other_values(frame: Frame, chance: Random) -> Frame:
     """Return a frame that still is MessagePack, with one value changed for another."""
     tree = msgspec.msgpack.decode(frame[0])
-    spots = list(_spots(tree))
+    found = list(spots(tree))
     for _ in range(chance.choice((1, 1, 1, 2))):
-        inner, key = chance.choice(spots)
+        inner, key = chance.choice(found)
         if isinstance(inner, list) and chance.random() < 0.2:
             inner.insert(key, inner[chance.randrange(len(inner))] if inner else None)
-            spots = list(_spots(tree))
+            found = list(spots(tree))
             continue
         old = inner[key] if not isinstance(inner, list) or key < len(inner) else None
-        new = _other(old, chance)
+        new = other(old, chance)
         if isinstance(inner, list) and key >= len(inner):
             inner.append(new)
         else:
@@ -302,13 +303,14 @@ def with_other_values(frame: Frame, chance: Random) -> Frame:
     return msgspec.msgpack.encode(tree), frame[1]
 
 
-def _other(old: Any, chance: Random) -> Any:
+def other(old: Any, chance: Random) -> Any:
+    """Return another value of about the same kind."""
     if isinstance(old, bool):
         return not old
     if isinstance(old, int):
         return chance.choice((old + 1, max(old - 1, 0), *EDGES[:6], chance.choice(EDGES)))
     if isinstance(old, str):
-        return chance.choice((chance.choice(op_names()), chance.choice(_dtypes()), *WORDS))
+        return chance.choice((chance.choice(op_names()), chance.choice(dtypes()), *WORDS))
     if isinstance(old, float):
         return chance.choice(FLOATS)
     if isinstance(old, list) and old:
@@ -316,11 +318,12 @@ def _other(old: Any, chance: Random) -> Any:
     return chance.choice((None, 0, "", [], {}, b"", 1.5))
 
 
-def _spots(tree: Any) -> Iterator[tuple[Any, Any]]:
+def spots(tree: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield where a value stands in nested lists and maps: what it is in, and its place or key there."""
     if isinstance(tree, (list, dict)):
         for key, value in list(enumerate(tree) if isinstance(tree, list) else tree.items()):
             yield tree, key
-            yield from _spots(value)
+            yield from spots(value)
 
 
 # --- sessions ------------------------------------------------------------------------------------------------------
@@ -328,6 +331,8 @@ def _spots(tree: Any) -> Iterator[tuple[Any, Any]]:
 
 WAYS = ("types", "values", "bytes", "mixed", "ops")
 """Where the frames of a session come from: the wire's types, or a well-meant session changed; or ops are called."""
+SAMPLES = "samples"
+"""A further way: calls that PyTorch's own test suite makes, with little changed; see pool_samples.py."""
 
 
 def session(chance: Random, recorded: Sequence[Frame], way: str | None = None) -> Iterator[Frame]:

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attacks import pool_frames
-from attacks.fuzz_pool_wire import LEASE_BYTES, run_session
+from attacks.fuzz_pool_wire import LEASE_BYTES, Tally, fuzz, run_session
 from millpond.pool import operators, wire
 from millpond.pool.errors import WireError
 from millpond.pool.executor import Executor, Memory
@@ -75,6 +75,15 @@ def test_every_op_that_is_allowed_can_be_fuzzed():
     for name in sorted(operators.allowed()):
         define, _ = pool_frames.call(name, chance, 0)
         wire.decode(wire.encode(wire.Batch([define]))[wire.PREFIX.size :], "to-worker")
+
+
+@pytest.mark.slow
+def test_calls_of_pytorchs_own_tests_with_little_changed_end_in_order():
+    """Half a minute, most of it to record the calls."""
+    tally = Tally()
+    assert list(fuzz(5000, 7, tally=tally, way=pool_frames.SAMPLES)) == []
+    started, ended = (sum(tally.counts[place::2].tolist()) for place in (0, 1))
+    assert ended > started / 2 > 500
 
 
 @pytest.mark.slow

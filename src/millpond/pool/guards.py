@@ -49,9 +49,16 @@ def _fractional_pool(dims: int) -> Callable[..., None]:
     ) -> None:
         sized = len(kernel_size) == len(output_size) == dims and x.dim() > dims
         _require(sized, "a kernel and an output size for each pooled dimension")
-        _require(gradient.shape == indices.shape, "an index for each gradient")
+        _require(gradient.shape == indices.shape and _is_dense(indices), "an index for each gradient")
+        _within(indices, math.prod(x.shape[-dims:]))
 
     return check
+
+
+def _convolution(*arguments: Any, **_out: Any) -> None:
+    """Require strides, paddings and dilations that stay what they are in 32 bits."""
+    numbers = [number for argument in arguments if isinstance(argument, (list, tuple)) for number in argument]
+    _require(all(abs(number) < 2**31 for number in numbers), "strides, paddings and dilations below 2**31")
 
 
 def _pads(dims: int) -> Callable[..., None]:
@@ -118,14 +125,17 @@ def _pooled(dims: int, by_indices: bool) -> Callable[..., None]:
         alike = alike and min(*gradient.shape[-dims:], *x.shape[-dims:]) > 0 and gradient.dtype == x.dtype
         _require(alike, "a gradient for each number of the result")
         if by_indices:
-            _require(rest[-1].shape == gradient.shape, "an index for each gradient")
+            alike = rest[-1].shape == gradient.shape and _is_dense(rest[-1])
+            _require(alike, "an index for each gradient")
             _within(rest[-1], math.prod(x.shape[-dims:]))
 
     return check
 
 
 def _classes(gradient: torch.Tensor, x: torch.Tensor, target: torch.Tensor, *rest: Any, **_out: Any) -> None:
-    _require(x.dim() > 0, "a number for each class")
+    _require(
+        x.dim() > 1 or (x.dim() == 1 and target.numel() == 1), "a number for each class, and a class for each text"
+    )
     if target.device.type == "cpu":
         _within(target[target != rest[2]], x.size(0) if x.dim() == 1 else x.size(1))
 
@@ -175,7 +185,14 @@ def _bags(
 ) -> None:  # fmt: skip
     _require(indices.dim() == offsets.dim() == 1 and 0 <= mode <= 2, "a list of indices, of offsets, and a known mode")
     _require(per_sample is None or per_sample.shape == indices.shape, "a weight for each index")
+    _side_by_side(indices, offsets)
+    _require(len(offsets) > 0 or len(indices) == 0, "a bag for the indices")
     _ascending(offsets, len(indices))
+
+
+def _side_by_side(*indices: torch.Tensor) -> None:
+    """Require indices that a kernel can walk through by their address, as it does."""
+    _require(all(index.is_contiguous() for index in indices), "indices that are not a view")
 
 
 def _bags_backward(
@@ -185,6 +202,7 @@ def _bags_backward(
     bagged = indices.dim() == 1 and bag.shape == indices.shape and gradient.dim() == 2 and 0 <= mode <= 2
     _require(bagged and sizes.shape == gradient.shape[:1], "a bag for each index, and a gradient for each bag")
     _require(per_sample is None or per_sample.shape == indices.shape, "a weight for each index")
+    _side_by_side(indices, bag, sizes, largest)
     _within(bag, gradient.size(0))
     _within(indices, rows)
     if mode == 2:
@@ -217,6 +235,7 @@ def _bag_weights_backward(
     bag = _bag_of(indices, offsets, bag)
     _require(indices.dim() == 1 and bag.shape == indices.shape, "a bag for each index")
     _require(gradient.dim() == weight.dim() == 2 and gradient.size(1) == weight.size(1), "gradients as wide as rows")
+    _side_by_side(indices, bag)
     _within(bag, gradient.size(0))
     _within(indices, weight.size(0))
 
@@ -290,6 +309,7 @@ def _attention_backward(
 
 def _noise(x: torch.Tensor, noise: torch.Tensor, *_: Any, out: Any = None, **_options: Any) -> None:
     _require(noise.shape == x.shape and (out is None or out.shape == x.shape), "noise and a result of its shape")
+    _spread_out(noise, out)
 
 
 def _finite(x: torch.Tensor, **_out: Any) -> None:
@@ -448,9 +468,38 @@ def _same_sizes(parameters: Tensors, *others: Tensors) -> None:
     for tensors in (parameters, *others):
         _require(len(tensors) == len(parameters), "lists of the same length")
         for tensor, parameter in zip(tensors, parameters, strict=True):
-            reach = (int(tensor.storage_offset()) + parameter.numel()) * tensor.itemsize
-            fits = tensor.shape == parameter.shape and reach <= tensor.untyped_storage().nbytes()
-            _require(fits, "tensors of the same shapes")
+            _require(tensor.shape == parameter.shape, "tensors of the same shapes")
+            _spread_out(tensor)
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Return whether the numbers that a tensor shows are those that lie at its address, in whatever order."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1:
+            if stride != expected and tensor.numel():
+                return False
+            expected *= size
+    return True
+
+
+def _spread_out(*tensors: torch.Tensor | None) -> None:
+    """Require tensors with as many numbers in their storage as they show: a kernel walks through by the address."""
+    for tensor in tensors:
+        if tensor is not None:
+            reach = (int(tensor.storage_offset()) + tensor.numel()) * tensor.itemsize
+            _require(reach <= tensor.untyped_storage().nbytes(), "tensors that repeat no number")
+
+
+def _group_norm(x: torch.Tensor, weight: Any, bias: Any, *_: Any, **_out: Any) -> None:
+    _spread_out(x, weight, bias)
+
+
+def _group_norm_backward(
+    gradient: torch.Tensor, x: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor, weight: Any,
+    *_: Any, **_out: Any,
+) -> None:  # fmt: skip
+    _spread_out(gradient, x, mean, deviation, weight)
 
 
 def _one_number_each(parameters: Tensors, steps: Tensors) -> None:
@@ -471,6 +520,7 @@ _GUARDS: dict[str, Callable[..., None]] = {
     **{f"reflection_pad{dims}d_backward": _padding(dims) for dims in (1, 2, 3)},
     **{f"replication_pad{dims}d_backward": _padding(dims) for dims in (1, 2, 3)},
     **{f"fractional_max_pool{dims}d_backward": _fractional_pool(dims) for dims in (2, 3)},
+    **dict.fromkeys(("convolution", "convolution_backward"), _convolution),
     **dict.fromkeys(("_fft_r2c", "_fft_c2c", "_fft_c2r"), _fourier),
     **dict.fromkeys(("_softmax_backward_data", "_log_softmax_backward_data"), _same_shapes),
     **dict.fromkeys(("_batch_norm_no_update", "_native_batch_norm_legit_no_training"), _known_statistics),
@@ -508,6 +558,8 @@ _GUARDS: dict[str, Callable[..., None]] = {
     "_scaled_dot_product_flash_attention_for_cpu": _attention,
     "_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
     **dict.fromkeys(("rrelu_with_noise", "rrelu_with_noise_", "rrelu_with_noise_functional"), _noise),
+    "native_group_norm": _group_norm,
+    "native_group_norm_backward": _group_norm_backward,
     **dict.fromkeys(("_linalg_eigvals", "linalg_eigvals"), _finite),
     **dict.fromkeys(("median", "nanmedian"), _along),
     **dict.fromkeys(("div", "div_"), _quotient),
