@@ -1,1 +1,1 @@
-"""(being written)"""
+"""From labelled text to a signed model: data, models, training, search, measuring, export. What is heavy loads late."""
