@@ -377,8 +377,9 @@ def _polynomial(_x: Any, degree: Any, **_out: Any) -> None:
 
 def _zeta(_x: Any, start: Any, **_out: Any) -> None:
     start = torch.as_tensor(start)
-    far = (start < -MAX_DEGREE) & (start != start.floor())
-    _require(not bool(far.any()), f"a second argument that is whole, or not below {-MAX_DEGREE}")
+    if start.is_floating_point():
+        far = (start < -MAX_DEGREE) & (start != start.floor())
+        _require(not bool(far.any()), f"a second argument that is whole, or not below {-MAX_DEGREE}")
 
 
 def _polygamma(order: Any, x: Any, **_out: Any) -> None:
