@@ -516,38 +516,6 @@ def test_the_device_module_has_what_programs_ask_that_of_any_device_for():
 
 
 @on_device
-def test_what_is_made_in_pinned_memory_is_the_hosts_and_says_so():
-    import pickle
-
-    made = [
-        torch.empty(2, 3, pin_memory=True).fill_(1),
-        torch.empty(2, 3, device="cpu", dtype=torch.int64, pin_memory=True).fill_(1),
-        torch.empty_strided((2, 3), (1, 2), pin_memory=True).fill_(1),
-        torch.zeros(2, 3, pin_memory=True) + 1,
-        torch.ones(2, 3, pin_memory=True),
-        torch.full((2, 3), 1.0, pin_memory=True),
-        torch.tensor([[1.0] * 3] * 2, pin_memory=True),
-        torch.ones_like(torch.zeros(2, 3), pin_memory=True),
-        torch.zeros(1).new_ones(2, 3, pin_memory=True),
-        torch.rand(2, 3, pin_memory=True).ceil(),
-    ]
-    assert [tensor.is_pinned() for tensor in made] == [True] * 3 + [False] + [True] * 5 + [False]
-    for tensor in made:
-        assert tensor.device.type == "cpu"
-        assert torch.equal(tensor.to("pool", non_blocking=True).cpu(), torch.ones(2, 3, dtype=tensor.dtype))
-    assert not torch.empty(2, pin_memory=False).is_pinned()
-    assert torch.arange(3, out=torch.empty(3, dtype=torch.int64, pin_memory=True)).is_pinned()
-    with pytest.raises(RuntimeError, match="Only dense CPU tensors can be pinned"):
-        torch.zeros(2, device="pool", pin_memory=True)
-    with torch.device("pool"):
-        assert torch.zeros(2).device.type == "pool"
-        assert torch.zeros(2, device="cpu", pin_memory=True).is_pinned()
-        with pytest.raises(RuntimeError, match="Only dense CPU tensors can be pinned"):
-            torch.zeros(2, pin_memory=True)
-    assert pickle.loads(pickle.dumps(torch.zeros)) is torch.zeros
-
-
-@on_device
 def test_tensors_can_be_pickled_and_storages_made():
     import pickle
 

@@ -5,13 +5,11 @@ Each is here because a program would otherwise fail, or the process end. None ch
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.nn.parameter import Parameter, UninitializedParameter
-from torch.utils._device import _device_constructors
 
 from millpond.pool.tensors import DEVICE, device_of, storage_device_of
 
@@ -45,9 +43,6 @@ def install(library: torch.library.Library) -> None:
         setattr(UninitializedParameter, name, lazy_conversion(name))
     for name, kernel in (("is_pinned", is_pinned), ("_pin_memory", pin_memory)):
         library.impl(name, kernel, "CPU")  # type: ignore[no-untyped-call]
-    _device_constructors()  # the mode of a default device knows functions by identity: PyTorch's own, not ours
-    for owner, name in _takers_of_pin_memory():
-        setattr(owner, name, pinning(getattr(owner, name), name))
     # Its kernels take a program's word for too much to be on a worker's list, and it makes nested tensors.
     torch.backends.mha.set_fastpath_enabled(False)
     composed: dict[str, Callable[..., Any]] = {
@@ -167,40 +162,8 @@ def pin_memory(tensor: Tensor, device: Any = None) -> Tensor:
 
 
 def is_pinned(tensor: Tensor, device: Any = None) -> bool:
-    """Return whether a tensor came from `pin_memory`, as a function or as an argument."""
+    """Return whether a tensor came from `pin_memory`."""
     return getattr(tensor.untyped_storage(), "pinned", False)
-
-
-def _takers_of_pin_memory() -> Iterator[tuple[Any, str]]:
-    """Yield what makes dense tensors and takes `pin_memory=`, with where it is."""
-    names = {"tensor", "new_tensor"}  # no ops
-    for full in torch._C._dispatch_get_all_op_names():
-        if full.startswith("aten::") and not full.startswith(("aten::_", "aten::sparse", "aten::from_file")):
-            packet, _, overload = full.removeprefix("aten::").partition(".")
-            op = getattr(getattr(torch.ops.aten, packet), overload or "default")
-            if any(argument.name == "pin_memory" for argument in op._schema.arguments):
-                names.add(packet)
-    for name in sorted(names):
-        owner = Tensor if name.startswith("new_") else torch
-        if hasattr(owner, name):
-            yield owner, name
-
-
-def pinning(make: Callable[..., Tensor], name: str) -> Callable[..., Tensor]:
-    """Return a function that makes tensors and takes `pin_memory=`; PyTorch asks the device for an allocator then."""
-
-    @functools.wraps(make)
-    def call(*args: Any, **kwargs: Any) -> Tensor:
-        pinned = kwargs.pop("pin_memory", False) if kwargs else False
-        made = make(*args, **kwargs)
-        if pinned:
-            if device_of(made).type != "cpu":
-                raise RuntimeError(f"Only dense CPU tensors can be pinned, not one on {made.device}")
-            made.untyped_storage().pinned = True  # type: ignore[attr-defined]
-        return made
-
-    call.__module__, call.__qualname__ = "torch", name  # by which it is pickled
-    return call
 
 
 def lstm_cell(
