@@ -24,6 +24,7 @@ def none(*sizes: int) -> torch.Tensor:
 x = torch.ones
 POOL2 = [2, 2], [2, 2], [0, 0], [1, 1], False
 POOL3 = [2, 2, 2], [2, 2, 2], [0, 0, 0], [1, 1, 1], False
+SQUARE = x(3, 3)
 SAME = x(2, 0, 3)
 HOSTILE = [
     ("max_pool2d_with_indices_backward", x(1, 2, 2, 2), x(1, 2, 4, 4), *POOL2, far(1, 2, 2, 2)),
@@ -47,6 +48,11 @@ HOSTILE = [
     (
         *("convolution_backward", x(1, 3, 6, 6), x(1, 3, 4, 4), x(3, 3, 3, 3), [3], [2, 2], [2, 2], [1, 1]),
         *(True, [1, 2**32 + 1], 1, [True, True, True]),
+    ),
+    ("_linalg_svd.U", SQUARE, True, True, {"U": SQUARE, "S": x(3), "Vh": x(3, 3)}),
+    (
+        *("_fused_moving_avg_obs_fq_helper", x(1, 2, 4), none(1), none(1), x(2), x(2), x(2), none(2).int()),
+        *(0.5, 0, 255, -(2**31), True, True),
     ),
     ("_embedding_bag", x(2, 3), none(1).expand(400), none(2), False, 0, False, x(400)),
     ("_embedding_bag", x(9, 3).T, none(5), none(0), False, 0, False, x(5)),

@@ -61,6 +61,18 @@ def _convolution(*arguments: Any, **_out: Any) -> None:
     _require(all(abs(number) < 2**31 for number in numbers), "strides, paddings and dilations below 2**31")
 
 
+def _apart(*operands: Any, **options: Any) -> None:
+    """Require results whose memory is no operand's, and no other result's."""
+    tensors = [value for value in (*operands, *options.values()) if isinstance(value, torch.Tensor) and value.numel()]
+    storages = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    _require(len(storages) == len(tensors), "results in memory of their own")
+
+
+def _observed(x: torch.Tensor, *rest: Any, **_out: Any) -> None:
+    axis, by_channel = (*rest[9:11], False)[:2]
+    _require(not by_channel or 0 <= axis < x.dim(), "an axis that its operand has")
+
+
 def _pads(dims: int) -> Callable[..., None]:
     def check(x: torch.Tensor, padding: Sequence[int], **_out: Any) -> None:
         fit = len(padding) == 2 * dims < 2 * x.dim() and all(abs(pad) < 2**31 for pad in padding)
@@ -522,6 +534,11 @@ _GUARDS: dict[str, Callable[..., None]] = {
     **{f"replication_pad{dims}d_backward": _padding(dims) for dims in (1, 2, 3)},
     **{f"fractional_max_pool{dims}d_backward": _fractional_pool(dims) for dims in (2, 3)},
     **dict.fromkeys(("convolution", "convolution_backward"), _convolution),
+    **dict.fromkeys(("_linalg_svd.U", "_linalg_eigh.eigenvalues", "linalg_eig.out", "linalg_qr.out"), _apart),
+    **dict.fromkeys(
+        ("_fused_moving_avg_obs_fq_helper", "_fused_moving_avg_obs_fq_helper_functional"),
+        _observed,
+    ),
     **dict.fromkeys(("_fft_r2c", "_fft_c2c", "_fft_c2r"), _fourier),
     **dict.fromkeys(("_softmax_backward_data", "_log_softmax_backward_data"), _same_shapes),
     **dict.fromkeys(("_batch_norm_no_update", "_native_batch_norm_legit_no_training"), _known_statistics),
