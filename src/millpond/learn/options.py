@@ -82,8 +82,14 @@ def rate_at(step: int, steps: int, options: TrainOptions) -> float:
     return options.learning_rate * share.get(options.schedule or "constant", 1.0)
 
 
-def no_number(what: str, epoch: int, step: int, rate: float, options: TrainOptions) -> TrainingError:
-    """Return the error that says after which step a loss or weight was no number, and what to try."""
+def no_number(losses: list[float], steps: list[tuple[int, float]], epoch: int, options: TrainOptions) -> TrainingError:
+    """Return the error that says after which of some steps a loss or weight was no number, and what to try.
+
+    A step is its number and its learning rate. Where all losses are numbers it is a weight, after the last step.
+    """
+    bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), len(losses) - 1)
+    what = "a weight" if math.isfinite(losses[bad]) else "the loss"
+    step, rate = steps[bad]
     advice = [f"Lower the learning rate (--learning-rate {(options.learning_rate or 0) / 10:g})"]
     advice += [] if options.clip_norm else ["clip gradients (--clip-norm 1)"]
     advice += [] if options.warmup else ["warm up (--warmup 0.1)"]

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
+import numpy as np
 from msgspec import Meta
+from numpy.typing import NDArray
+
+T = TypeVar("T")
 
 REPORT_EVERY_S = 0.5
 """Seconds between two reads of loss and accuracy."""
@@ -39,6 +45,49 @@ class Position(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     epochs: list[Epoch]
     scaler: dict[str, int | float]
     device: str
+
+
+@dataclass(kw_only=True)
+class Standing:
+    """The plain variables of a loop, whose framework adds its own. `step` batches of epoch `epoch` are done."""
+
+    epoch: int = 1
+    step: int = 0
+    seconds: float = 0.0
+    """How long this epoch took before it was taken up again."""
+    epochs: list[Epoch] = field(default_factory=list)
+    best: int = 0
+    best_loss: float = math.inf
+
+    def position_on(self, device: str, seconds: float, scaler: dict[str, int | float]) -> Position:
+        """Return the values for a checkpoint; `seconds` is what the epoch has taken so far."""
+        return Position(
+            epoch=self.epoch,
+            step=self.step,
+            seconds=seconds,
+            best=self.best,
+            best_loss=self.best_loss if math.isfinite(self.best_loss) else None,
+            epochs=self.epochs,
+            scaler=scaler,
+            device=device,
+        )
+
+    def go_back(self, position: Position) -> None:
+        """Take the values of a checkpoint."""
+        self.best, self.epochs = position.best, list(position.epochs)
+        self.best_loss = math.inf if position.best_loss is None else position.best_loss
+        self.epoch, self.step, self.seconds = position.epoch, position.step, position.seconds
+
+
+def below(prefix: str, tensors: Mapping[str, T]) -> dict[str, T]:
+    """Return what a checkpoint names with a prefix, by the names without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def loss_and_accuracy(probability: NDArray[np.float32], labels: NDArray[np.int64]) -> tuple[float, float]:
+    """Return mean log loss, in nats, and accuracy of probabilities [texts, labels]."""
+    of_truth = probability[np.arange(len(labels)), labels]
+    return float(-np.log(np.maximum(of_truth, 1e-30)).mean()), float((probability.argmax(1) == labels).mean())
 
 
 @dataclass(frozen=True)

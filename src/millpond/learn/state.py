@@ -5,19 +5,18 @@ The learning rate and the order of the texts are not here: both follow from the 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from millpond.learn.progress import Epoch, Position
+from millpond.learn.progress import Position, Standing, below
 
 
 @dataclass
-class State:
-    """The loop's variables. `step` batches of epoch `epoch` are done."""
+class State(Standing):
+    """The loop's variables."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -25,28 +24,12 @@ class State:
     device: torch.device
     totals: Tensor
     """Loss and right answers, summed over the texts of this epoch, on the device."""
-    epoch: int = 1
-    step: int = 0
-    seconds: float = 0.0
-    """How long this epoch took before it was taken up again."""
-    epochs: list[Epoch] = field(default_factory=list)
-    best: int = 0
-    best_loss: float = math.inf
     best_weights: dict[str, Tensor] | None = None
     """Weights of epoch `best`; None where there is none yet."""
 
     def position(self, seconds: float) -> Position:
         """Return the plain values; `seconds` is what the epoch has taken so far."""
-        return Position(
-            epoch=self.epoch,
-            step=self.step,
-            seconds=seconds,
-            best=self.best,
-            best_loss=self.best_loss if math.isfinite(self.best_loss) else None,
-            epochs=self.epochs,
-            scaler=self.scaler.state_dict(),
-            device=self.device.type,
-        )
+        return self.position_on(self.device.type, seconds, self.scaler.state_dict())
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors by name: weights, best weights, optimizer, sums, random numbers of host and device."""
@@ -65,10 +48,10 @@ class State:
         Raises:
             KeyError, RuntimeError, ValueError: they are not those of this model and optimizer.
         """
-        self.model.load_state_dict(_below("model.", tensors))
+        self.model.load_state_dict(below("model.", tensors))
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         states: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in _below("optimizer.", tensors).items():
+        for name, tensor in below("optimizer.", tensors).items():
             number, _, key = name.partition(".")
             if tensor.dim() and tensor.shape != parameters[int(number)].shape:
                 raise ValueError(f"{name} has the shape {list(tensor.shape)}")
@@ -77,15 +60,9 @@ class State:
         if position.scaler:
             self.scaler.load_state_dict(position.scaler)
         self.totals.copy_(tensors["totals"])
-        best = {name: tensor.to(self.device) for name, tensor in _below("best.", tensors).items()}
+        best = {name: tensor.to(self.device) for name, tensor in below("best.", tensors).items()}
         self.best_weights = best or None
-        self.best, self.epochs = position.best, list(position.epochs)
-        self.best_loss = math.inf if position.best_loss is None else position.best_loss
-        self.epoch, self.step, self.seconds = position.epoch, position.step, position.seconds
+        self.go_back(position)
         torch.set_rng_state(tensors["rng.host"])
         if self.device.type != "cpu" and position.device == self.device.type:
             torch.get_device_module(self.device).set_rng_state(tensors["rng.device"], self.device)
-
-
-def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -28,7 +28,7 @@ from millpond.learn.models.model import EVALUATION_FLOATS
 from millpond.learn.options import COMMON, TrainingError, TrainOptions, filled, no_number, rate_at, settled
 from millpond.learn.order import batches_of_like_length, epochs, padding_share
 from millpond.learn.parallel import Alone
-from millpond.learn.progress import REPORT_EVERY_S, Epoch, Progress, Training
+from millpond.learn.progress import REPORT_EVERY_S, Epoch, Progress, Training, loss_and_accuracy
 from millpond.learn.state import State
 
 DEFAULTS = {
@@ -228,9 +228,7 @@ def predict(model: TextModel, data: Encoded, device: torch.device) -> NDArray[np
 
 def _validate(model: TextModel, data: Encoded, labels: NDArray[np.int64], device: torch.device) -> tuple[float, float]:
     """Return mean loss and accuracy on the validation split."""
-    probability = predict(model, data, device)
-    of_truth = probability[np.arange(len(labels)), labels]
-    return float(-np.log(np.maximum(of_truth, 1e-30)).mean()), float((probability.argmax(1) == labels).mean())
+    return loss_and_accuracy(predict(model, data, device), labels)
 
 
 def _read(at: State, texts: int, recent: list[tuple[int, float, Tensor]], options: TrainOptions) -> tuple[float, float]:
@@ -245,9 +243,7 @@ def _read(at: State, texts: int, recent: list[tuple[int, float, Tensor]], option
     if math.isfinite(loss) and sound:
         return loss / texts, right / texts
     losses = torch.stack([loss for _, _, loss in recent]).tolist()
-    bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), len(recent) - 1)
-    step, rate, _ = recent[bad]
-    raise no_number("a weight" if math.isfinite(losses[bad]) else "the loss", at.epoch, step, rate, options)
+    raise no_number(losses, [(step, rate) for step, rate, _ in recent], at.epoch, options)
 
 
 def _copy(model: TextModel) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -38,40 +38,33 @@ from millpond.learn.paddle.messages import (
     read_rows,
 )
 from millpond.learn.paddle.models import build, load, weights_of
-from millpond.learn.progress import REPORT_EVERY_S, Ending, Epoch, Position, Progress
+from millpond.learn.progress import (
+    REPORT_EVERY_S,
+    Ending,
+    Epoch,
+    Position,
+    Progress,
+    Standing,
+    below,
+    loss_and_accuracy,
+)
 
 Arrays = dict[str, NDArray[np.float32]]
 
 
 @dataclass
-class State:
-    """The loop's variables. `step` batches of epoch `epoch` are done."""
+class State(Standing):
+    """The loop's variables."""
 
     model: nn.Layer
     optimizer: paddle.optimizer.Adam
     totals: paddle.Tensor
     """Loss and right answers, summed over the texts of this epoch, on the device."""
-    epoch: int = 1
-    step: int = 0
-    seconds: float = 0.0
-    """How long this epoch took before it was taken up again."""
-    epochs: list[Epoch] = field(default_factory=list)
-    best: int = 0
-    best_loss: float = math.inf
     best_weights: Arrays | None = None
 
     def position(self, seconds: float) -> Position:
         """Return the plain values; `seconds` is what the epoch has taken so far."""
-        return Position(
-            epoch=self.epoch,
-            step=self.step,
-            seconds=seconds,
-            best=self.best,
-            best_loss=self.best_loss if math.isfinite(self.best_loss) else None,
-            epochs=self.epochs,
-            scaler={},
-            device=paddle.get_device(),
-        )
+        return self.position_on(paddle.get_device(), seconds, {})
 
     def tensors(self) -> Arrays:
         """Return the tensors by name: weights, best weights, optimizer, sums."""
@@ -91,14 +84,12 @@ class State:
         Raises:
             KeyError, ValueError: they are not those of this model.
         """
-        load(self.model, _below("model.", tensors))
-        moments = _below("optimizer.", tensors)
+        load(self.model, below("model.", tensors))
+        moments = below("optimizer.", tensors)
         self.optimizer.set_state_dict({name: paddle.to_tensor(array) for name, array in moments.items()})
         self.totals.set_value(tensors["totals"])
-        self.best_weights = _below("best.", tensors) or None
-        self.best, self.epochs = position.best, list(position.epochs)
-        self.best_loss = math.inf if position.best_loss is None else position.best_loss
-        self.epoch, self.step, self.seconds = position.epoch, position.step, position.seconds
+        self.best_weights = below("best.", tensors) or None
+        self.go_back(position)
 
 
 def train(job: Job, work: Path, send: Callable[[Message], None], is_stopped: Callable[[], bool]) -> Done:
@@ -260,9 +251,7 @@ def _validate(
     model: nn.Layer, data: Encoded, labels: NDArray[np.int64], max_ids: int, go_on: Callable[[], None]
 ) -> tuple[float, float]:
     """Return mean loss and accuracy on the validation split."""
-    probability = predict(model, data, max_ids, go_on)
-    of_truth = probability[np.arange(len(labels)), labels]
-    return float(-np.log(np.maximum(of_truth, 1e-30)).mean()), float((probability.argmax(1) == labels).mean())
+    return loss_and_accuracy(predict(model, data, max_ids, go_on), labels)
 
 
 def _read(
@@ -279,9 +268,7 @@ def _read(
     if math.isfinite(loss) and sound:
         return loss / texts, right / texts
     losses = paddle.stack([loss for _, _, loss in recent]).tolist()
-    bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), len(recent) - 1)
-    step, rate, _ = recent[bad]
-    raise no_number("a weight" if math.isfinite(losses[bad]) else "the loss", at.epoch, step, rate, options)
+    raise no_number(losses, [(step, rate) for step, rate, _ in recent], at.epoch, options)
 
 
 def _seed_at(seed: int, step: int) -> int:
@@ -297,7 +284,3 @@ def _save(path: Path, tensors: Arrays) -> None:
         temporary.rename(path)
     except (OSError, safetensors.SafetensorError) as error:
         raise MillpondError(f"weights cannot be written into {path.parent}: {error}. Make room there.") from error
-
-
-def _below(prefix: str, tensors: Arrays) -> Arrays:
-    return {name.removeprefix(prefix): array for name, array in tensors.items() if name.startswith(prefix)}
