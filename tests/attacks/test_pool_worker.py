@@ -321,16 +321,19 @@ def test_a_payload_without_its_write_ends_the_session(worker):
 
 def test_half_a_payload_of_many_clients_takes_no_memory_from_others(worker, unharmed):
     """Each holds a thread and a session of the lease, of which there are `MAX_SESSIONS`, until it hangs up."""
+    wait_for(lambda: worker.next_report().sessions == 1)  # earlier tests' sessions have ended
     with contextlib.ExitStack() as stack:
         frame = wire.encode(wire.Batch([wire.Write(1, 0)]), wire.MAX_PAYLOAD_BYTES)
         for _ in range(MAX_SESSIONS - 2):
             stack.enter_context(worker.connect()).socket.sendall(frame + b"half")
+        wait_for(lambda: worker.next_report().sessions == MAX_SESSIONS - 1)  # all have begun
         big = wire.Define(0, "aten::ones", [[2**29]], FACTORY, [wire.Geometry("uint8", (2**29,), (1,))])
         batch(unharmed, big, wire.Call(0, [], 1))
         assert read(unharmed, 1) == bytes([1] * 8)
         batch(unharmed, wire.Free([1]))
-        with stack.enter_context(worker.connect()) as last, worker.connect() as one_too_many:
-            assert read_put(last) == bytes(range(8))
+        last = stack.enter_context(worker.connect())
+        assert read_put(last) == bytes(range(8))
+        with worker.connect() as one_too_many:
             message, _ = one_too_many.receive(10)
             assert isinstance(message, wire.Refused)
             assert "sessions already" in message.message
