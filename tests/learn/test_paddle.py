@@ -277,7 +277,7 @@ def test_a_child_that_does_not_stop_at_ctrl_c_is_killed(small: Dataset, monkeypa
 
     monkeypatch.setattr(parent, "STOP_S", 0.1)
     how = TrainOptions(epochs=1000, batch_size=50, learning_rate=0.01)
-    with pytest.raises(TrainingError, match="did not stop within 0.1 s of Ctrl-C and was killed"):
+    with pytest.raises(TrainingError, match=r"did not stop within 0\.1 s of Ctrl-C and was killed"):
         train_small(small, "lstm", how, on_epoch=interrupt)
 
 
