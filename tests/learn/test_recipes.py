@@ -155,7 +155,7 @@ def test_every_key_and_default_is_on_the_page() -> None:
     for key in TrainOptions.__struct_fields__:
         for architecture, cell in zip(columns, training[key], strict=False):
             value = getattr(complete(TrainOptions(), architecture, 10**6), key)
-            shown = f"{value:g}" if isinstance(value, float) else str(value).lower()
+            shown = f"{value:g}" if isinstance(value, float) else "auto" if value is None else str(value).lower()
             assert cell.strip() == shown, f"{architecture}: {key}"
 
 

@@ -259,7 +259,9 @@ def test_a_compiled_step_learns_the_same_and_one_that_cannot_be_compiled_says_so
     losses = []
     compiler = torch.compile
     for backend in (None, "eager"):
-        monkeypatch.setattr(torch, "compile", lambda function, backend=backend: compiler(function, backend=backend))
+        monkeypatch.setattr(
+            torch, "compile", lambda *what, backend=backend, **how: compiler(*what, backend=backend, **how)
+        )
         model, data, _ = fresh(small, "seqcnn", dropout=0.0)
         result = train(model, data, small.train.labels, None, options(compile=bool(backend)), CPU, seed=0)
         losses.append([epoch.loss for epoch in result.epochs])
@@ -268,7 +270,7 @@ def test_a_compiled_step_learns_the_same_and_one_that_cannot_be_compiled_says_so
     def no_compiler(*_: object) -> None:
         raise RuntimeError("no C++ compiler")
 
-    monkeypatch.setattr(torch, "compile", lambda function: compiler(function, backend=no_compiler))
+    monkeypatch.setattr(torch, "compile", lambda *what, **how: compiler(*what, backend=no_compiler, **how))
     with pytest.raises(TrainingError, match=r"no C\+\+ compiler.*Train without --compile"):
         train(model, data, small.train.labels, None, options(compile=True), CPU, seed=0)
 

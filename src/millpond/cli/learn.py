@@ -146,7 +146,10 @@ def train(
         str | None, typer.Option(help="What computes the steps: torch (default), or paddle for seqcnn and lstm.")
     ] = None,
     compile_: Annotated[
-        bool | None, typer.Option("--compile/--no-compile", help="Send the step through torch.compile.")
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile", help="Send the step through torch.compile; default: on a pool's GPU only."
+        ),
     ] = None,
     teacher: Annotated[Path | None, typer.Option(help="A run or model whose answers are learned too.")] = None,
     unlabelled: Annotated[Path | None, typer.Option(help="A file of texts that the teacher answers.")] = None,

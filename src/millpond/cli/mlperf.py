@@ -32,7 +32,10 @@ def mlperf(
     learning_rate: Annotated[float | None, typer.Option(help="Step size of Adam, at its highest.")] = None,
     precision: Annotated[str | None, typer.Option(help="float32 (default), bfloat16 or float16.")] = None,
     compile_: Annotated[
-        bool | None, typer.Option("--compile/--no-compile", help="Send the step through torch.compile.")
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile", help="Send the step through torch.compile; default: on a pool's GPU only."
+        ),
     ] = None,
     corpus: Annotated[str, typer.Option("--corpus", help="A named corpus; see `millpond learn data`.")] = "imdb",
     file: Annotated[Path | None, typer.Option("--file", help="A file in its place; open division only.")] = None,

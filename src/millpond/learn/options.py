@@ -38,7 +38,9 @@ class TrainOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     framework: Literal["torch", "paddle"] | None = None
     """What computes the steps; `millpond.learn.paddle` says how."""
     compile: bool | None = None
-    """Whether forward, loss and backward go through `torch.compile`; on a pool device they are then captured."""
+    """Whether the step goes through `torch.compile`, and so is captured on a pool device; see `learn.step`.
+
+    None: only on a GPU of a pool."""
 
 
 COMMON = TrainOptions(
@@ -49,7 +51,6 @@ COMMON = TrainOptions(
     by_length=False,
     patience=0,
     framework="torch",
-    compile=False,
 )
 """What holds for each model that sets nothing else."""
 

@@ -6,6 +6,7 @@ random order, and each is cut from a random draw, so that no epoch repeats anoth
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -13,6 +14,8 @@ from numpy.typing import NDArray
 
 BUCKET_BATCHES = 32
 """Batches whose texts are sorted together: the draw stays random beyond that, and padding hardly shrinks further."""
+WIDTHS = 8
+"""Widths of batches, where each further one costs a recording of the step."""
 
 
 def epochs(
@@ -35,9 +38,24 @@ def epochs(
         yield batches
 
 
-def padding_share(lengths: NDArray[np.int64], batches: list[NDArray[np.int64]]) -> float:
-    """Return which share of the batches is padding, if each is as wide as its longest text."""
-    total = sum(len(batch) * int(lengths[batch].max()) for batch in batches)
+def width_unit(lengths: NDArray[np.int64], batch_size: int, *, pads_texts: bool) -> int:
+    """Return of what the widths of batches are to be multiples, so that there are about `WIDTHS` of them."""
+    if pads_texts:
+        return max(1, math.ceil(int(lengths.max(initial=1)) / WIDTHS))
+    # All ids of a batch in one row: of many texts their number varies little, and hardly one batch has more than this.
+    most = batch_size * float(lengths.mean()) + 3 * math.sqrt(batch_size) * float(lengths.std())
+    return max(1, math.ceil(most / WIDTHS))
+
+
+def widened(batch: NDArray[np.int32], unit: int) -> NDArray[np.int32]:
+    """Return a batch with its last axis filled up with 0 to a multiple of `unit`: padding, or id 0 of text 0."""
+    missing = -batch.shape[1] % unit
+    return np.pad(batch, ((0, 0), (0, missing))) if missing else batch
+
+
+def padding_share(lengths: NDArray[np.int64], batches: list[NDArray[np.int64]], unit: int = 1) -> float:
+    """Return which share of the batches is padding, if each is as wide as its longest text, or the next `unit`."""
+    total = sum(len(batch) * math.ceil(int(lengths[batch].max()) / unit) * unit for batch in batches)
     return 1 - int(lengths.sum()) / total if total else 0.0
 
 

@@ -6,7 +6,6 @@ a few large ops, no read. Loss and accuracy are summed on the device and read ev
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -26,10 +25,11 @@ from millpond.learn.encoded import Encoded
 from millpond.learn.models import TextModel
 from millpond.learn.models.model import EVALUATION_FLOATS
 from millpond.learn.options import COMMON, TrainingError, TrainOptions, filled, no_number, rate_at, settled
-from millpond.learn.order import batches_of_like_length, epochs, padding_share
+from millpond.learn.order import batches_of_like_length, epochs, padding_share, widened, width_unit
 from millpond.learn.parallel import Alone
 from millpond.learn.progress import REPORT_EVERY_S, Epoch, Progress, Training, loss_and_accuracy
 from millpond.learn.state import State
+from millpond.learn.step import Step
 
 DEFAULTS = {
     "ngram": TrainOptions(epochs=3, batch_size=1024, learning_rate=0.01),
@@ -83,8 +83,9 @@ def train(
     assert options.batch_size is not None
     torch.manual_seed(seed)
     model.to(device).train()
-    optimizer = torch.optim.Adam(model.parameters(), lr=rate_at(0, 1, options), foreach=True)
     scaler = torch.amp.GradScaler(device.type, enabled=options.precision == "float16")
+    step_of = Step(model, options, device, objective.loss if objective else functional.cross_entropy)
+    optimizer = step_of.optimizer
     at = State(model, optimizer, scaler, device, totals=torch.zeros(2, device=device))
     result = Training(trained_by=f"torch {torch.__version__} on {device}")
     if checkpoints is not None and (saved := checkpoints.read()):
@@ -93,9 +94,8 @@ def train(
         except (KeyError, IndexError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"the checkpoint does not fit the model: {error}. Begin anew.") from error
         result.resumed = (at.epoch, at.step)
-    loss_of = objective.loss if objective else functional.cross_entropy
-    forward = _forward(model, options, device, loss_of)
     lengths = data.lengths
+    unit = width_unit(lengths, options.batch_size, pads_texts=model.pads_texts) if step_of.captured else 1
     steps = math.ceil(len(data) / options.batch_size)
     order = epochs(lengths, options.batch_size, seed, by_length=bool(options.by_length))
     began, first = time.monotonic(), (at.epoch - 1) * steps + at.step
@@ -111,16 +111,15 @@ def train(
                 if checkpoints is not None and checkpoints.is_due():
                     checkpoints.write(at.position(at.seconds + time.monotonic() - started), at.tensors())
                 rate = rate_at((epoch - 1) * steps + step, options.epochs * steps, options)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
+                step_of.set_rate(rate)
                 part = workers.share(batches[step])
                 chosen = part.rows
-                batch = torch.from_numpy(model.batch(data.take(chosen))).to(device, non_blocking=True)
+                batch = torch.from_numpy(widened(model.batch(data.take(chosen)), unit)).to(device, non_blocking=True)
                 target = torch.from_numpy(labels[chosen]).to(device, non_blocking=True)
                 wanted = target
                 if objective is not None:
                     wanted = torch.from_numpy(objective.targets[chosen]).to(device, non_blocking=True)
-                logits, loss = forward(batch, wanted)
+                logits, loss = step_of.forward(batch, wanted)
                 optimizer.zero_grad(set_to_none=True)
                 torch.autograd.backward(scaler.scale(loss if part.weight == 1 else loss * part.weight))
                 with torch.no_grad():
@@ -130,8 +129,7 @@ def train(
                 if options.clip_norm:
                     scaler.unscale_(optimizer)
                     torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip_norm, foreach=True)
-                scaler.step(optimizer)
-                scaler.update()
+                step_of.update(scaler)
                 at.totals += sums
                 seen += len(batches[step])
                 recent.append((step + 1, rate, loss.detach()))
@@ -150,7 +148,7 @@ def train(
                 validation_loss, validation_accuracy = workers.first(partial(_validate, model, *validation, device))
                 model.train()
             seconds = at.seconds + time.monotonic() - started
-            padding = padding_share(lengths, batches) if model.pads_texts else 0.0
+            padding = padding_share(lengths, batches, unit) if model.pads_texts else 0.0
             of_validation = (validation_loss, validation_accuracy)
             at.epochs.append(Epoch(epoch, mean_loss, accuracy, *of_validation, seconds, rate, padding))
             on_epoch(at.epochs[-1])
@@ -184,31 +182,6 @@ def complete(options: TrainOptions, architecture: str, rows: int) -> TrainOption
     assert default.batch_size is not None
     few = msgspec.structs.replace(default, batch_size=min(default.batch_size, max(4, rows // MIN_STEPS)))
     return filled(options, few)
-
-
-def _forward(
-    model: TextModel, options: TrainOptions, device: torch.device, loss_of: Callable[[Tensor, Tensor], Tensor]
-) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Return what makes logits and mean loss of a batch and what is wanted of it, in the precision asked for."""
-    low = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(options.precision or "")
-
-    def forward(batch: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.autocast(device.type, dtype=low) if low else contextlib.nullcontext():
-            logits = model(batch, len(wanted))
-        return logits, loss_of(logits.float(), wanted)
-
-    if not options.compile:
-        return forward
-    compiled = torch.compile(forward)
-
-    def guarded(batch: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-        try:
-            return compiled(batch, wanted)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            why = " ".join(str(error).split("\n")[:2]).rstrip(".")  # which backend, and then what it says
-            raise TrainingError(f"the step cannot be compiled here: {why}. Train without --compile.") from error
-
-    return guarded
 
 
 @torch.no_grad()
