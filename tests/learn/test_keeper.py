@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -39,6 +40,11 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+def ignores(pid: int, number: signal.Signals) -> bool:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return bool(int(re.findall(r"SigIgn:\s*(\w+)", status)[0], 16) >> (number - 1) & 1)
+
+
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT])
 def test_what_a_program_started_ends_with_it(ending: signal.Signals, tmp_path: Path) -> None:
     directory = tmp_path / "scratch"
@@ -53,7 +59,8 @@ def test_what_a_program_started_ends_with_it(ending: signal.Signals, tmp_path: P
         assert program.stdout is not None
         keeper, child, grandchild = map(int, program.stdout.readline().split())
         try:
-            # The keeper has looked once more after all of them were there.
+            # The keeper is up, and has looked once more after all of them were there: it waits only between its looks.
+            wait_until(lambda: ignores(keeper, signal.SIGTERM))
             looked = psutil.Process(keeper).num_ctx_switches().voluntary
             wait_until(lambda: psutil.Process(keeper).num_ctx_switches().voluntary >= looked + 3)
             program.send_signal(ending)
