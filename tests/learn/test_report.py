@@ -102,6 +102,20 @@ def test_its_pictures_are_drawings_with_letters(done: Run) -> None:
     assert ids
 
 
+@pytest.mark.parametrize(("done_epochs", "shown"), [(30, 30), (31, 17), (1000, 32)])
+def test_of_many_epochs_some_are_shown(done: Run, tmp_path: Path, done_epochs: int, shown: int) -> None:
+    """The first, the best and the last among them."""
+    training = done.trained.training
+    epochs = [replace(training.epochs[0], epoch=epoch) for epoch in range(1, done_epochs + 1)]
+    many = replace(training, epochs=epochs, best=done_epochs - 1)
+    write_report(replace(done, trained=replace(done.trained, training=many)), tmp_path / "r.html")
+    table = (tmp_path / "r.html").read_text().partition("<h2>Training</h2>")[2].partition("</table>")[0]
+    numbers = [int(number) for number in re.findall(r'<tr[^>]*><td class="number">(\d+)</td>', table)]
+    assert {1, done_epochs - 1, done_epochs} <= set(numbers)
+    assert len(numbers) == shown
+    assert numbers == sorted(numbers)
+
+
 @pytest.mark.parametrize(
     ("ended", "says"),
     [("diverged", "Training ended early: too large."), ("interrupted", "interrupted"), ("early", "did not get better")],

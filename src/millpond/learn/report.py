@@ -14,11 +14,13 @@ import millpond
 from millpond.learn.pictures import calibration_figure, confusion_figure, length_figure, svg, training_figure
 
 if TYPE_CHECKING:
+    from millpond.learn.progress import Epoch
     from millpond.learn.run import Run
 
 TEMPLATES = Path(__file__).parent / "templates"
 LOOK = Path(millpond.__file__).parent / "web/static/millpond.css"
 SHOWN_CLASSES = 50
+SHOWN_EPOCHS = 30
 LIBRARIES = ("torch", "tokenizers", "numpy", "onnxruntime")
 
 ENDINGS = {
@@ -63,7 +65,7 @@ def _facts(run: Run) -> dict[str, Any]:
         "evaluation": evaluation,
         "classes": evaluation.classes[:SHOWN_CLASSES],
         "scaling": run.scaling,
-        "epochs": epochs,
+        "epochs": _shown(epochs, training.best),
         "best": best,
         "training": training,
         "ending": ENDINGS[training.ended],
@@ -84,6 +86,12 @@ def _facts(run: Run) -> dict[str, Any]:
         ],
         "written": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
     }
+
+
+def _shown(epochs: list[Epoch], best: int) -> list[Epoch]:
+    """Return the epochs of the table: of many every so-manyth, the best, and the last."""
+    every = -(-len(epochs) // SHOWN_EPOCHS)
+    return [epoch for epoch in epochs if epoch.epoch % every == 0 or epoch.epoch in {1, best, epochs[-1].epoch}]
 
 
 def _splits(run: Run) -> list[tuple[str, int, float, str]]:
