@@ -116,7 +116,12 @@ def tune(
         cpus=cpus_per_trial,
         gpus=gpus_per_trial,
     )
-    prefix = (sys.executable, "-m", "millpond", "pool", "run", "--memory", lease, "--") if lease else ()
+    prefix: tuple[str, ...] = ()
+    if lease is not None:
+        from millpond.pool.monitor import parse_size
+
+        parse_size(lease, "--lease")  # else each trial would find out
+        prefix = (sys.executable, "-m", "millpond", "pool", "run", "--memory", lease, "--")
 
     def publish(directory: Path) -> PushedModel:
         from millpond.learn.publish import publish

@@ -24,6 +24,7 @@ from millpond.learn.keeper import descendants
 from millpond.learn.recipes import read_recipe
 from millpond.learn.tune.record import Trial, read_trials
 from millpond.registry import Store, verify
+from pool_site import BrokerProcess, wait_for
 
 from ..conftest import make_rows, write_jsonl
 
@@ -69,6 +70,8 @@ def test_a_budget_that_is_none_is_refused(arguments: list[str], says: str) -> No
         ("", ["--model", "bert"], "no model 'bert'"),
         ("", ["--resume"], "nothing to resume"),
         ("", ["--gpus-per-trial", "0.5"], "has no GPU"),
+        ("", ["--lease", "much"], "--lease is 'much', which is not a size"),
+        ("", ["--lease", ""], "--lease is '', which is not a size"),
     ],
 )
 def test_mistakes_are_explained_before_anything_is_run(
@@ -108,9 +111,9 @@ def test_a_search_does_not_write_over_another_and_a_damaged_record_is_named(data
 class Search:
     """The command in a process of its own."""
 
-    def __init__(self, data: Path, out: Path, *arguments: object) -> None:
+    def __init__(self, data: Path, out: Path, *arguments: object, **environ: str) -> None:
         command = [sys.executable, "-m", "millpond", "learn", "tune", "--file", data, *SMALL, "--out", out, *arguments]
-        environ = os.environ | {"OMP_NUM_THREADS": "1", "MILLPOND_LEARN_THREADS": "1"}
+        environ = os.environ | {"OMP_NUM_THREADS": "1", "MILLPOND_LEARN_THREADS": "1"} | environ
         self.out = out
         self.process = subprocess.Popen(
             list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ
@@ -150,8 +153,8 @@ class Search:
 
 
 @contextmanager
-def searching(data: Path, out: Path, *arguments: object) -> Iterator[Search]:
-    search = Search(data, out, *arguments)
+def searching(data: Path, out: Path, *arguments: object, **environ: str) -> Iterator[Search]:
+    search = Search(data, out, *arguments, **environ)
     try:
         yield search
     finally:
@@ -213,3 +216,30 @@ def test_ctrl_c_keeps_the_search_and_leaves_nothing_running(data: Path, tmp_path
     assert "epochs in" in shown
     assert (out / "tuning.html").is_file()
     assert not (out / "tuning.json").exists()  # it can go on
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_trials_train_on_the_pool_and_their_lease_is_given_back(
+    number: signal.Signals, data: Path, tmp_path: Path
+) -> None:
+    """On the pool though `--device cpu` is given, which is where the winner would be trained."""
+    site = BrokerProcess(tmp_path / "pool", MILLPOND_POOL_MEMORY="4GiB")
+    pool = {name: site.environ[name] for name in ("MILLPOND_POOL_ADDRESS", "MILLPOND_POOL_TOKEN")}
+    how = ("--lease", "1GiB", "--minutes", 10, "--concurrent", 1, "--epochs", 200)
+    try:
+        with searching(data, tmp_path / "out", *how, **pool) as search:
+            search.wait_for(0)
+            wait_for(lambda: search.trials()[0].epochs, 150)
+            (lease,) = site.status().leases
+            assert (lease.state, lease.memory_bytes) == ("active", 2**30)
+            wait_for(lambda: site.lease_status(lease.lease).used_bytes)  # tensors of the trial
+            search.process.send_signal(number)
+            search.process.communicate(timeout=100)
+            ended = site.wait_ended(lease.lease)
+            assert ended.state in {"released", "failed"}
+            assert len(site.status().leases) == 1  # all trials shared it
+            assert search.left() == []
+    finally:
+        site.close()

@@ -166,7 +166,7 @@ def tune(
             recipe=msgspec.to_builtins(msgspec.structs.replace(recipe, data=DataTable(file="rows"))),
             directory=str(directory.resolve()),
             rows=stamp,
-            device=device,
+            device="auto" if prefix else device,  # what the prefix gives, such as a lease; else it would lie idle
             threads=max(1, int(budget.cpus)),
             memory_share=budget.gpus if 0 < budget.gpus < 1 else None,
         )
