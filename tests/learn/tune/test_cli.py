@@ -220,6 +220,28 @@ def test_ctrl_c_keeps_the_search_and_leaves_nothing_running(data: Path, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
+def test_when_the_minutes_run_out_the_best_so_far_wins(data: Path, tmp_path: Path) -> None:
+    """A trial that gets better with each of its epochs would not end by itself within them."""
+    out = tmp_path / "out"
+    with searching(data, out, "--minutes", 0.25, "--concurrent", 1, "--epochs", 10_000, "--register") as search:
+        shown = search.end()
+        assert search.process.returncode == 0
+    assert "1 expired" in shown
+    trials = read_trials(out / "trials.jsonl")
+    assert trials[-1].state == "expired"
+    assert all(trial.ended for trial in trials)
+    summary = json.loads((out / "tuning.json").read_text())
+    assert summary["search_s"] > 14
+    assert [trial["state"] for trial in summary["trials"]] == [trial.state for trial in trials]
+    best = min(trials, key=lambda trial: trial.objective("loss") or 9.0)
+    assert summary["best"]["parameters"] == best.parameters
+    assert summary["winner"]["data"]["train_rows"] == 320  # all of them
+    store = Store(Path(os.environ["MILLPOND_HOME"]) / "registry")
+    assert store.resolve("sentiment:candidate") == summary["registered"]["digest"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_trials_train_on_the_pool_and_their_lease_is_given_back(
     number: signal.Signals, data: Path, tmp_path: Path

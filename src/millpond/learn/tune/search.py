@@ -96,6 +96,7 @@ def search(
             tuner.fit()
     except Exception as error:
         raise listener.error or TuneError(f"Ray Tune cannot go on: {error}. What is done stays: --resume.") from error
+    listener.expire()
 
 
 def sampler_of(table: TuneTable, seed: int) -> optuna.samplers.BaseSampler:
@@ -157,6 +158,13 @@ class _Listener(tune.Callback):  # type: ignore[misc]  # mypy does not look into
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._end(trial, "failed", "Ray could not run it")
+
+    def expire(self) -> None:
+        """End the trials that still ran as the time was up: Ray says nothing of them."""
+        if self._deadline is not None and time.monotonic() >= self._deadline:
+            for trial in self._record.trials:
+                if not trial.ended:
+                    self._add(Ended(number=trial.number, how="expired", error="", at_s=self._at_s()))
 
     def _end(self, trial: Any, how: Any, error: str) -> None:
         self._add(Ended(number=self._numbers[trial.trial_id], how=how, error=error, at_s=self._at_s()))
