@@ -96,7 +96,6 @@ def search(
             tuner.fit()
     except Exception as error:
         raise listener.error or TuneError(f"Ray Tune cannot go on: {error}. What is done stays: --resume.") from error
-    listener.expire()
 
 
 def sampler_of(table: TuneTable, seed: int) -> optuna.samplers.BaseSampler:
@@ -152,22 +151,25 @@ class _Listener(tune.Callback):  # type: ignore[misc]  # mypy does not look into
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         result = trial.last_result or {}
         error = result.get("error", "")
-        is_over = self._deadline is not None and time.monotonic() >= self._deadline
+        is_over = self._is_over()
         how = "failed" if error else "finished" if result.get("done_by_itself") else "expired" if is_over else "stopped"
         self._end(trial, how, error)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._end(trial, "failed", "Ray could not run it")
 
-    def expire(self) -> None:
-        """End the trials that still ran as the time was up: Ray says nothing of them."""
-        if self._deadline is not None and time.monotonic() >= self._deadline:
+    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
+        """End the trials that still ran as the time was up: Ray tells their end to nobody."""
+        if self._is_over():
             for trial in self._record.trials:
                 if not trial.ended:
                     self._add(Ended(number=trial.number, how="expired", error="", at_s=self._at_s()))
 
     def _end(self, trial: Any, how: Any, error: str) -> None:
         self._add(Ended(number=self._numbers[trial.trial_id], how=how, error=error, at_s=self._at_s()))
+
+    def _is_over(self) -> bool:
+        return self._deadline is not None and time.monotonic() >= self._deadline
 
     def _at_s(self) -> float:
         return round(self._before_s + time.monotonic() - self._began, 3)
