@@ -69,10 +69,9 @@ class Step:
         self._low = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(options.precision or "")
         self._forward = self._compute
         self._step: Callable[[], object] = self.optimizer.step
-        if not (self.captured or (options.compile and not is_pooled(device))):
-            return
-        torch.compiler.reset()  # Dynamo compiles a function for so many models only, and keeps each of them
-        self._forward = torch.compile(self._compute, dynamic=True if self.captured else None)
+        if self.captured or (options.compile and not is_pooled(device)):
+            torch.compiler.reset()  # Dynamo compiles a function for so many models only, and keeps each of them
+            self._forward = torch.compile(self._compute, dynamic=True if self.captured else None)
         if self.captured:
             # It says of each optimizer that the profiler's mark around its step is not traced.
             logging.getLogger("torch._dynamo.variables.ctx_manager").addFilter(_is_not_about_profiling)
@@ -99,7 +98,7 @@ class Step:
             if self.captured:
                 log.warning("training runs op by op, not captured: %s", why)
                 self._forward = self._compute
-                return self._compute(batch, wanted)
+                return self._forward(batch, wanted)
             raise TrainingError(f"the step cannot be compiled here: {why}. Train without --compile.") from error
 
     def update(self, scaler: torch.amp.GradScaler) -> None:
