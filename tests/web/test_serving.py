@@ -161,7 +161,22 @@ def test_a_body_over_the_limit_is_answered_not_reset(program: Program) -> None:
         assert client.post("/echo", content=b"x" * 10_000).json() == 10_000
         response = client.post("/echo", content=b"x" * 20_000_000)
         assert (response.status_code, response.json()["error"]["code"]) == (413, "request_too_large")
+        assert response.headers["Connection"] == "close"  # else the next request could meet its end
         assert client.get("/healthz").status_code == 200
+
+
+def test_a_connection_outlives_a_short_body_that_nobody_reads(program: Program) -> None:
+    program.start()
+    with socket.create_connection(("127.0.0.1", program.port), timeout=10) as client:
+        for _ in range(3):
+            client.sendall(b"POST /nowhere HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 5000\r\n\r\n" + b"x" * 5000)
+            answer = b""
+            while not answer.rstrip().endswith(b"}}"):
+                received = client.recv(65536)
+                assert received, answer
+                answer += received
+            assert answer.startswith(b"HTTP/1.1 404")
+            assert b"Connection: keep-alive" in answer
 
 
 def test_metrics_count_over_all_workers_and_never_by_path(program: Program) -> None:

@@ -17,6 +17,8 @@ from gunicorn.workers.gthread import TConn, ThreadWorker
 
 MAX_HEAD_BYTES = 64 * 1024
 """A request head longer than this is handed on as it is, and refused by gunicorn's parser."""
+DRAIN_S = 1.0
+"""How long the rest of a body that is not wanted may take to arrive, before the connection is given up with it."""
 _GONE = (errno.EAGAIN, errno.ECONNABORTED, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
@@ -47,6 +49,22 @@ class PatientWorker(ThreadWorker):  # type: ignore[misc]
         """Hand a kept-alive connection on when the head of its next request is whole."""
         if _has_head(client):
             super().on_client_socket_readable(connection, client)
+
+    def handle_request(self, request: Any, connection: Any) -> bool:
+        """Answer; where much of the body is unread then, the answer says that the connection ends.
+
+        Gunicorn says that it stays, finds the rest of the body too long to be read over (64 KiB), and hangs up on a
+        client that may have sent its next request already.
+        """
+        should_close = request.should_close
+
+        def should_close_or_is_unread() -> bool:
+            if not should_close() and not connection.parser.finish_body(deadline=time.monotonic() + DRAIN_S):
+                request.force_close()
+            return bool(should_close())
+
+        request.should_close = should_close_or_is_unread
+        return bool(super().handle_request(request, connection))
 
     def _make_room(self) -> None:
         if self.nr_conns < self.worker_connections - self.cfg.threads - 1 or not self.pending_conns:
