@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 from millpond.learn.datasets import Dataset, from_rows
 
@@ -17,6 +18,7 @@ WORDS = {
     "positive": ["great", "lovely", "moving", "superb", "best"],
     "plot": ["city", "murder", "brother", "finds", "travels"],
 }
+MARKS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 FILLER = ["the", "film", "was", "a", "and", "it", "with", "story", "actor", "scene", "of", "to"]
 
 
@@ -43,6 +45,34 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT of two small layers as Hugging Face's library writes it; nobody has trained it."""
+    transformers = pytest.importorskip("transformers")
+    directory = tmp_path_factory.mktemp("pretrained")
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(vocab_size=200, special_tokens=MARKS, show_progress=False)
+    tokenizer.train_from_iterator([" ".join(words) for words in (FILLER, *WORDS.values())], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    tokenizer.save(str(directory / "tokenizer.json"))
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    )
+    transformers.logging.disable_progress_bar()
+    transformers.BertModel(config).save_pretrained(directory)
+    return directory
 
 
 @pytest.fixture

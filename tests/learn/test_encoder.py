@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
 from millpond.learn.fit import answer
 from millpond.learn.models import ModelError, options_of
@@ -18,37 +17,7 @@ from millpond.learn.recipes import read_recipe
 from millpond.learn.run import run
 from millpond.settings import LearnSettings
 
-from .conftest import FILLER, WORDS, make_rows, write_jsonl
-
-MARKS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-
-
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A BERT of two small layers as Hugging Face's library writes it; nobody has trained it."""
-    transformers = pytest.importorskip("transformers")
-    directory = tmp_path_factory.mktemp("pretrained")
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(vocab_size=200, special_tokens=MARKS, show_progress=False)
-    tokenizer.train_from_iterator([" ".join(words) for words in (FILLER, *WORDS.values())], trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    tokenizer.save(str(directory / "tokenizer.json"))
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=64,
-    )
-    transformers.logging.disable_progress_bar()
-    transformers.BertModel(config).save_pretrained(directory)
-    return directory
+from .conftest import make_rows, write_jsonl
 
 
 @pytest.mark.slow

@@ -1,12 +1,20 @@
-"""Trains small models captured and not, under a lease, and prints what each came to as JSON. Run by a test."""
+"""Trains small models captured and not, under a lease, and prints what each came to as JSON. Run by a test.
+
+    train_captured.py DIRECTORY CASE…
+
+DIRECTORY has a pretrained encoder.
+"""
 
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -16,6 +24,7 @@ from millpond.learn.encoded import Encoded
 from millpond.learn.models import build, options_of
 from millpond.learn.options import TrainOptions
 from millpond.learn.train import train
+from millpond.pool import capture
 
 TEXTS, EPOCHS, STEPS = 104, 3, 7
 MODELS: dict[str, dict[str, Any]] = {
@@ -26,12 +35,16 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
+Trained = tuple[list[float], list[int]]
+"""The loss of each epoch, and how many runs of a graph each took."""
+
+
 class Killed(BaseException):
     """In the place of a SIGKILL: nothing of ours handles it."""
 
 
-def losses(architecture: str, *, checkpoints: Checkpoints | None = None, **given: Any) -> tuple[list[float], list[int]]:
-    """Return the loss of each epoch, and how many runs of a graph each took."""
+def losses(architecture: str, *, checkpoints: Checkpoints | None = None, **given: Any) -> Trained:
+    """Train a model on texts made up here."""
     rng = np.random.default_rng(0)
     labels = np.arange(TEXTS) % 2
     texts = [" ".join(f"w{w}" for w in rng.integers(20 * n, 20 * n + 30, rng.integers(5, 40))) for n in labels]
@@ -54,7 +67,7 @@ def losses(architecture: str, *, checkpoints: Checkpoints | None = None, **given
     return [epoch.loss for epoch in done.epochs], runs
 
 
-def resumed(place: Path) -> tuple[list[float], list[int]]:
+def resumed(place: Path) -> Trained:
     """Be killed in the second epoch, and go on from there."""
 
     def at(step: int) -> Checkpoints:
@@ -78,8 +91,51 @@ def resumed(place: Path) -> tuple[list[float], list[int]]:
     raise AssertionError("it was not killed")
 
 
+def encoder(directory: str) -> dict[str, Any]:
+    """Return options without the dropout within, which draws by the width of a batch."""
+    config = json.loads(Path(directory, "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return {"pretrained": directory, "config": json.dumps(config), "max_words": 48, "dropout": 0.0}
+
+
+def not_compilable(*_: object) -> None:
+    """In the place of the pool's backend: a graph that it cannot make."""
+    raise RuntimeError("no graph today")
+
+
+def both(architecture: str, **given: Any) -> list[Trained]:
+    """Train op by op, and captured."""
+    return [losses(architecture, compile=compiled, **given) for compiled in (False, True)]
+
+
+def interrupted() -> list[Trained]:
+    """Train captured, as one and with a break."""
+    with tempfile.TemporaryDirectory() as directory:
+        return [losses("seqcnn", compile=True), resumed(Path(directory))]
+
+
+def failing() -> list[Trained]:
+    """Train op by op, and captured where that fails."""
+    eager = losses("seqcnn", compile=False)
+    with mock.patch.object(capture, "compile_graph", not_compilable):
+        return [eager, losses("seqcnn", compile=True)]
+
+
+CASES: dict[str, Callable[[], list[Trained]]] = {
+    "ngram": lambda: both("ngram"),
+    "seqcnn": lambda: both("seqcnn"),
+    "lstm": lambda: both("lstm"),
+    "encoder": lambda: both("encoder", learning_rate=1e-3),
+    "clipped": lambda: both("seqcnn", clip_norm=0.1),
+    "bfloat16": lambda: both("seqcnn", precision="bfloat16"),
+    "default": lambda: [losses("ngram", compile=False), losses("ngram")],
+    "resumed": interrupted,
+    "failing": failing,
+}
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    MODELS["encoder"] = encoder(sys.argv[1])
     counts: Counter[str] = Counter()
     session = torch.pool.session()  # type: ignore[attr-defined]
     issue = session.issue
@@ -89,13 +145,4 @@ if __name__ == "__main__":
         issue(item, what)
 
     session.issue = counted
-    result: dict[str, Any] = {}
-    for name in MODELS:
-        result[name] = [losses(name, compile=compiled) for compiled in (False, True)]
-    result["clipped"] = [losses("seqcnn", compile=compiled, clip_norm=0.1) for compiled in (False, True)]
-    low = {"precision": "bfloat16"}
-    result["bfloat16"] = [losses("seqcnn", compile=compiled, **low) for compiled in (False, True)]
-    result["default"] = [losses("ngram"), losses("ngram", compile=False)]
-    with tempfile.TemporaryDirectory() as directory:
-        result["resumed"] = [losses("seqcnn", compile=True), resumed(Path(directory))]
-    print(json.dumps(result))
+    print(json.dumps({name: CASES[name]() for name in sys.argv[2:]}))

@@ -94,20 +94,27 @@ class Step:
         try:
             return self._forward(batch, wanted)
         except torch._dynamo.exc.TorchDynamoException as error:
-            why = " ".join(str(error).split("\n")[:2]).rstrip(".")  # which backend, and then what it says
-            if self.captured:
-                log.warning("training runs op by op, not captured: %s", why)
-                self._forward = self._compute
-                return self._forward(batch, wanted)
-            raise TrainingError(f"the step cannot be compiled here: {why}. Train without --compile.") from error
+            self._go_on_uncompiled(error)
+            return self._forward(batch, wanted)
 
     def update(self, scaler: torch.amp.GradScaler) -> None:
         """Change the weights by their gradients."""
         if scaler.is_enabled():
             scaler.step(self.optimizer)  # reads whether a gradient was no number, so it is not captured
             scaler.update()
-        else:
+            return
+        try:
             self._step()
+        except torch._dynamo.exc.TorchDynamoException as error:  # while compiling: no weight has changed yet
+            self._go_on_uncompiled(error)
+            self._step()
+
+    def _go_on_uncompiled(self, error: Exception) -> None:
+        why = " ".join(str(error).split("\n")[:2]).rstrip(".")  # which backend, and then what it says
+        if not self.captured:
+            raise TrainingError(f"the step cannot be compiled here: {why}. Train without --compile.") from error
+        log.warning("training runs op by op, not captured: %s", why)
+        self._forward, self._step = self._compute, self.optimizer.step
 
     def _compute(self, batch: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
         with torch.autocast(self._device.type, dtype=self._low) if self._low else contextlib.nullcontext():
