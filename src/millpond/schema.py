@@ -162,7 +162,7 @@ class JobResult(Message, frozen=True, kw_only=True):
     """`result.json`, written by the job as its last act: the signed candidate and how it compares.
 
     Without a champion `test` and `heldout` count the candidate alone (`both_right` and
-    `only_champion_right` are 0).
+    `only_champion_right` are 0). `by_source` divides both by where the rows are from: files, held-out corrections.
     """
 
     digest: str
@@ -170,6 +170,7 @@ class JobResult(Message, frozen=True, kw_only=True):
     test: PairedCount
     heldout: PairedCount
     official_test: bool
+    by_source: dict[str, PairedCount] = {}
     metrics: dict[str, float] = {}
     seconds: dict[str, float] = {}
 

@@ -52,21 +52,24 @@ right, rows = plan["right"], plan["of"]
 before = plan.get("champion_right", right) if spec["champion"] else 0
 both = min(right, before)
 heldout = len((place / "heldout.jsonl").read_bytes().splitlines())
+test = {
+    "rows": rows,
+    "both_right": both,
+    "only_champion_right": before - both,
+    "only_candidate_right": right - both,
+}
+of_heldout = {
+    "rows": heldout,
+    "both_right": 0,
+    "only_champion_right": 0,
+    "only_candidate_right": heldout if plan.get("better", True) else 0,
+}
 result = {
     "digest": pushed.digest if act != "lie" else "sha256:" + "0" * 64,
     "version": pushed.version,
-    "test": {
-        "rows": rows,
-        "both_right": both,
-        "only_champion_right": before - both,
-        "only_candidate_right": right - both,
-    },
-    "heldout": {
-        "rows": heldout,
-        "both_right": 0,
-        "only_champion_right": 0,
-        "only_candidate_right": heldout if plan.get("better", True) else 0,
-    },
+    "test": test,
+    "heldout": of_heldout,
+    "by_source": {"reviews.csv": test} | ({"corrections, held out": of_heldout} if heldout else {}),
     "official_test": False,
     "metrics": {"test_accuracy": right / rows},
 }

@@ -197,6 +197,19 @@ def test_roll_back_asks_first(page: Page, hub: Any) -> None:
     assert hub.http.get("/api/v1/state").json()["champion"]["version"] == "v4"
 
 
+def test_a_job_shows_its_accuracy_by_source(page: Page, hub: Any) -> None:
+    number, result = next(
+        (job["id"], job["result"])
+        for job in hub.http.get("/api/v1/jobs").json()["jobs"]
+        if job["champion"] and len(job["result"]["by_source"]) > 1
+    )
+    page.goto(f"{hub.url}/jobs/{number}")
+    rows = result["heldout"]["rows"]
+    expect(page.locator("#facts")).to_contain_text("· reviews.csv")
+    expect(page.locator("#facts")).to_contain_text(f"· corrections, held out100.00 %, champion 0.00 % ({rows} rows)")
+    shoot(page, "job-finished")
+
+
 def test_a_decision_has_its_page(page: Page, hub: Any) -> None:
     page.goto(f"{hub.url}/promotions/3")
     expect(page.locator("main")).to_contain_text("refused")

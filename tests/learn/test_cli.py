@@ -52,6 +52,16 @@ def test_data_checks_a_file_and_shows_bad_rows(data: Path) -> None:
     assert "line 501: not JSON" in invoke("data", "--file", data)
 
 
+def test_accuracy_by_source_is_shown_for_the_files_of_a_pattern(tmp_path: Path) -> None:
+    for number in range(2):
+        write_jsonl(tmp_path / f"[b]{number}.jsonl", make_rows(200, seed=number))
+    shown = invoke("train", "--file", tmp_path / "*.jsonl", *SMALL, "--out", tmp_path / "run")
+    assert all(f" [b]{number}.jsonl " in shown for number in range(2))
+    assert "source" in shown
+    one = invoke("evaluate", tmp_path / "run", "--file", tmp_path / "*1.jsonl", "--device", "cpu")
+    assert "source" not in one
+
+
 def test_train_evaluate_export(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     summary = json.loads(invoke("train", "--file", data, *SMALL, "--out", run, "--json"))

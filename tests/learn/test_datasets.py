@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from millpond.learn.datasets import DataError, Dataset, Split, from_rows, shuffled, split_texts
+from millpond.learn.datasets import BadRows, DataError, Dataset, Gathered, Split, from_rows, shuffled, split_texts
 from millpond.learn.gather import read_files
 
 ROWS = [
@@ -217,3 +217,52 @@ def test_dropping_leaks_that_are_all_of_a_class_is_refused() -> None:
 def test_the_digest_is_the_same_on_every_machine_and_in_every_version() -> None:
     digest = from_rows("d", {"train": ROWS, "test": [("naïve 🙂 \ud800", "pos")]}).digest
     assert digest == "sha256:0c6d7f70374a20dfac5deb53b5a9f89dcbff5c7d2872f8cc703a5f638909c28e"
+
+
+def in_sources(split: Split) -> dict[str, list[str]]:
+    """Return the texts of each source."""
+    found: dict[str, list[str]] = {}
+    for text, source in zip(split.texts, split.sources.tolist(), strict=True):
+        found.setdefault(split.source_names[source], []).append(text)
+    return found
+
+
+def test_rows_know_their_source_wherever_they_are_taken(tmp_path: Path) -> None:
+    for name, share in (("a", ROWS[:2]), ("b", ROWS[2:])):
+        write(tmp_path / f"{name}.csv", share)
+    train = read_files("d", tmp_path / "?.csv", write(tmp_path / "test.csv", ROWS)).train
+    assert in_sources(train) == {
+        "b.csv": ['he said "no"\nand left', "fine", "naïve 🙂"],
+        "a.csv": ["good", "bad, really"],
+    }
+    assert in_sources(train.take(np.array([4, 0]))) == {"b.csv": ["naïve 🙂"], "a.csv": ["good"]}
+    more = Split(["new", "newer"], np.array([0, 1]), np.array([1, 0], np.int16), ("corrections", "a.csv"))
+    joined = train.take(np.array([0, 4])).with_rows(more)
+    assert in_sources(joined) == {"a.csv": ["good", "new"], "b.csv": ["naïve 🙂"], "corrections": ["newer"]}
+    assert joined.source_names == ("b.csv", "a.csv", "corrections")
+
+
+def test_rows_in_one_file_or_in_several_have_one_digest(tmp_path: Path) -> None:
+    for name, share in (("part-1", ROWS[:2]), ("part-2", ROWS[2:])):
+        write(tmp_path / f"{name}.jsonl", share)
+    parts, whole = read_files("d", tmp_path / "part-*.jsonl"), read_files("d", write(tmp_path / "whole.csv", ROWS))
+    assert parts.digest == whole.digest
+    assert (len(parts.train.source_names), len(whole.train.source_names)) == (2, 1)
+
+
+def test_of_many_sources_the_largest_keep_their_names_and_the_others_are_one() -> None:
+    content = bytearray()
+    gathered = Gathered("d", content.extend, BadRows())
+    for number in range(300):
+        for row in range(2 + (number == 200) + 2 * (number == 7)):
+            gathered.add((f"text {number} {row}", str(row % 2), "train", f"file {number}"))
+    gathered.add(("text", "1", "test", "of few"))
+    dataset = gathered.dataset(lambda: np.frombuffer(bytes(content), np.uint8), source="", seed=0)
+    train, sizes = dataset.train, np.bincount(dataset.train.sources).tolist()
+    assert train.source_names[:4] == ("file 7", "file 200", "file 0", "file 1")
+    assert train.source_names[50:] == ("250 other sources",)
+    assert sizes == [4, 3, *[2] * 48, 500]
+    assert dataset.test.source_names == ("of few",)  # each split has its own largest
+    assert (train.sources.itemsize, len(dataset.of_source("one").train.texts)) == (2, len(train))
+    assert dataset.of_source("one").train.source_names == ("one",)
+    assert dataset.of_source("one").digest == dataset.digest

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from millpond.learn.datasets import Split
-from millpond.learn.evaluate import evaluate, paired
+from millpond.learn.evaluate import evaluate, paired, paired_by_source, wilson
 from millpond.learn.pictures import draw_evaluation, draw_training
 from millpond.learn.progress import Epoch
 
@@ -45,6 +45,28 @@ def test_answers_that_are_sure_and_right_have_no_calibration_error() -> None:
     found = evaluate(np.array([[1.0, 0.0]] * 4, np.float32), split, ["a", "b"])
     assert (found.accuracy, found.calibration_error, found.worst) == (1.0, 0.0, [])
     assert found.macro_f1 == 1.0  # a label without rows does not count
+
+
+def test_accuracy_is_divided_by_source_the_largest_first() -> None:
+    names = ("few", "many", "none")
+    split = Split(TRUTH.texts, TRUTH.labels, np.array([1, 1, 0, 1, 0], np.int16), names)
+    found = evaluate(PROBABILITY, split, LABELS).by_source  # right are the first and the third
+    assert [(source.name, source.rows, source.accuracy) for source in found] == [("many", 3, 1 / 3), ("few", 2, 1 / 2)]
+    right = PROBABILITY.argmax(1) == split.labels
+    counts = paired_by_source(split, right, ~right)
+    assert {name: (count.rows, count.only_candidate_right) for name, count in counts.items()} == {
+        "few": (2, 1),
+        "many": (3, 1),
+    }
+    assert paired_by_source(split, right, None)["many"] == paired(right[[0, 1, 3]], None)
+
+
+@pytest.mark.parametrize(
+    ("share", "rows", "low", "high"),
+    [(0.5, 10, 0.2366, 0.7634), (0.0, 10, 0.0, 0.2775), (1.0, 10, 0.7225, 1.0), (0.9, 1000, 0.8799, 0.9171)],
+)
+def test_the_range_of_chance_is_wilsons(share: float, rows: int, low: float, high: float) -> None:
+    assert wilson(share, rows) == pytest.approx((low, high), abs=1e-4)
 
 
 def test_pairs_are_counted() -> None:

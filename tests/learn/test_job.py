@@ -86,6 +86,7 @@ def test_two_jobs_leave_two_signed_models_and_compare_them(site: Path, tmp_path:
     assert v2.test.champion_accuracy == pytest.approx(v1.test.candidate_accuracy)
     assert v2.test.candidate_accuracy > v1.test.candidate_accuracy
     assert v2.heldout.rows == 60
+    assert v2.by_source == {"test.jsonl": v2.test, "corrections, held out": v2.heldout}
     assert set(v2.seconds) >= {"data", "encode", "train", "evaluate", "export", "register"}
 
     store = Store(site / "registry")
@@ -136,6 +137,12 @@ def test_a_correction_whose_text_is_tested_on_or_held_out_does_not_train(small: 
     assert small.train.texts[1] not in used.texts
     assert used.labels[[text == trained for text in used.texts]].tolist() == [flipped, flipped]
     assert len(used) == 400 - 2 + 2 * 2
+
+
+def test_corrections_among_the_training_rows_are_a_source_of_their_own(small: Dataset) -> None:
+    corrections = Split(["new"], np.array([1]), source_names=("corrections",))
+    used, _ = training_rows(Recipe(data=DataTable(file="x"), train_rows=5), small, corrections, as_split())
+    assert [used.source_names[source] for source in used.sources] == ["small"] * 5 + ["corrections"]
 
 
 def test_champion_and_corpus_are_compared_by_the_labels_names(site: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from millpond.learn.datasets import DataError, Dataset
+from millpond.learn.datasets import DataError, Dataset, Split
 from millpond.learn.encoded import Encoded
 from millpond.learn.gather import read_files
 from millpond.learn.prepared import ABANDONED_S, PreparedSets
@@ -41,9 +41,15 @@ def same(one: Dataset, two: Dataset) -> bool:
         two.source,
         str(two.bad_rows),
     ) and all(
-        one.splits[name].texts == two.splits[name].texts and (one.splits[name].labels == two.splits[name].labels).all()
+        one.splits[name].texts == two.splits[name].texts
+        and (one.splits[name].labels == two.splits[name].labels).all()
+        and sources(one.splits[name]) == sources(two.splits[name])
         for name in ("train", "test")
     )
+
+
+def sources(split: Split) -> list[str]:
+    return [split.source_names[source] for source in split.sources.tolist()]
 
 
 def listed(sets: PreparedSets) -> list[str]:
@@ -89,6 +95,31 @@ def test_the_same_rows_from_another_file_are_the_same_set(source: Path, sets: Pr
     assert second.digest == first.digest
     assert "copy.jsonl" in second.source
     assert len(listed(sets)) == 1
+
+
+def test_rows_that_come_from_other_files_later_are_one_set_that_names_the_newer(
+    sets: PreparedSets, tmp_path: Path
+) -> None:
+    rows = make_rows(200)
+    whole = read_files("d", write_jsonl(tmp_path / "whole.jsonl", rows), sets=sets)
+    for number in range(2):
+        write_jsonl(tmp_path / f"part-{number}.jsonl", rows[100 * number : 100 * (number + 1)])
+    for _ in range(2):  # once read, once found
+        parts = read_files("d", tmp_path / "part-*.jsonl", sets=sets)
+        assert same(parts, read_files("d", tmp_path / "part-*.jsonl"))
+    assert set(sources(parts.train)) == {"part-0.jsonl", "part-1.jsonl"}
+    assert set(sources(whole.train)) == {"whole.jsonl"}  # which is mapped
+    assert listed(sets) == [whole.digest.removeprefix("sha256:")]
+
+
+def test_a_set_of_an_older_format_is_made_again(source: Path, sets: PreparedSets) -> None:
+    first = read_files("d", source, sets=sets)
+    place = sets.directory / first.digest.removeprefix("sha256:")
+    description = json.loads((place / "set.json").read_text())
+    (place / "set.json").write_text(json.dumps({**description, "format": 1}))
+    for path in place.glob("*-sources-*.npy"):
+        path.unlink()
+    assert same(first, read_files("d", source, sets=sets))
 
 
 def test_a_source_that_is_refused_leaves_nothing(tmp_path: Path, sets: PreparedSets) -> None:

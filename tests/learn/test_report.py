@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from dataclasses import replace
@@ -11,6 +12,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from millpond.learn.evaluate import wilson
 from millpond.learn.recipes import read_recipe
 from millpond.learn.report import write_report
 from millpond.learn.run import Run, run
@@ -22,6 +24,7 @@ EVIL = "<script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)
 
 
 def trained(tmp_path: Path, rows: list[tuple[str, str]], **changes: object) -> Run:
+    tmp_path.mkdir(exist_ok=True)
     write_jsonl(tmp_path / "d.jsonl", rows)
     model = {"options": {"buckets": 1024, "min_count": 1}}
     recipe = read_recipe(None, {"data": {"file": str(tmp_path / "d.jsonl")}, "model": model} | changes)
@@ -88,6 +91,30 @@ def test_the_report_needs_nothing_else_and_runs_nothing(done: Run) -> None:
     assert all(link.startswith(("#", "data:image/png;")) for link in page.links)
     assert "<script>alert(1)" in page.words  # as text
     assert any("<script>" in mistake.text for mistake in done.evaluation.worst)
+
+
+def test_accuracy_by_source_is_a_table_where_there_are_several(tmp_path: Path) -> None:
+    rows = make_rows(400)
+    for number in range(4):
+        write_jsonl(tmp_path / f"<b>{number}.jsonl", rows[number * 100 : number * 100 + 100 - 20 * number])
+    done = trained(tmp_path / "run", rows, data={"file": str(tmp_path / "*.jsonl")}, training={"epochs": 1})
+    words = " ".join(Page((done.directory / "report.html").read_text()).words.split())
+    scores = done.evaluation.by_source
+    assert {score.name for score in scores} == {f"<b>{number}.jsonl" for number in range(4)}
+    assert sum(score.rows for score in scores) == done.evaluation.rows
+    assert sum(score.rows * score.accuracy for score in scores) == pytest.approx(
+        done.evaluation.rows * done.evaluation.accuracy
+    )
+    for score in scores:
+        low, high = wilson(score.accuracy, score.rows)
+        assert f"{score.name} {score.rows} {score.accuracy:.2%} {low:.2%} to {high:.2%}" in words
+    metrics = json.loads((done.directory / "metrics.json").read_text())
+    assert metrics["test"]["by_source"][0]["name"] == scores[0].name
+
+
+def test_where_there_is_one_source_the_report_says_so(done: Run) -> None:
+    words = " ".join(Page((done.directory / "report.html").read_text()).words.split())
+    assert "All test rows are from one source, d.jsonl." in words
 
 
 def test_its_pictures_are_drawings_with_letters(done: Run) -> None:

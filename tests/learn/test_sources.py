@@ -20,7 +20,7 @@ from millpond.learn.datasets import DataError, Dataset
 from millpond.learn.gather import read_files, read_query
 from millpond.learn.prepared import PreparedSets
 from millpond.learn.recipes import load_data, read_recipe, shown_recipe
-from millpond.learn.sources import scrubbed, shown
+from millpond.learn.sources import scrubbed, shown, sources_of
 from millpond.settings import LearnSettings
 from postgresql_site import HOW_TO_INSTALL, IS_INSTALLED, postgresql
 
@@ -115,6 +115,64 @@ def test_a_changed_file_in_a_directory_is_read_again(tmp_path: Path) -> None:
     assert read_files("d", root, sets=sets).digest != first.digest
 
 
+# --- patterns ----------------------------------------------------------------------------------------------------
+
+
+def test_files_of_a_pattern_are_sources_by_the_names_that_tell_them_apart(tmp_path: Path) -> None:
+    for place in ("a/x1.csv", "a/x2.csv", "b/x1.csv", "b/.hidden.csv"):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        (tmp_path / place).write_text("text,label\n")
+    assert [name for name, _ in sources_of(f"{tmp_path}/a/x?.csv")] == ["x1.csv", "x2.csv"]
+    both = [
+        ("a/x1.csv", f"{tmp_path}/a/x1.csv"),
+        ("a/x2.csv", f"{tmp_path}/a/x2.csv"),
+        ("b/x1.csv", f"{tmp_path}/b/x1.csv"),
+    ]
+    assert sources_of(f"{tmp_path}/*/*.csv") == sources_of(f"{tmp_path}/**/*.csv") == both
+    assert sources_of(f"file://{tmp_path}/a/*1.csv") == [("x1.csv", f"file://{tmp_path}/a/x1.csv")]
+    assert sources_of(f"{tmp_path}/a") == [("a", f"{tmp_path}/a")]
+
+
+def test_a_pattern_is_relative_and_a_file_that_looks_like_one_is_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x[1].csv").write_text("text,label\n")
+    (tmp_path / "x1.csv").write_text("text,label\n")
+    assert sources_of("x[1].csv") == [("x[1].csv", "x[1].csv")]
+    assert sources_of("*1.csv") == [("x1.csv", f"{tmp_path}/x1.csv")]
+    with pytest.raises(DataError, match=r"y\*\.csv is the pattern of no file"):
+        sources_of("y*.csv")
+
+
+def test_sources_are_named_without_hosts_homes_or_passwords(tmp_path: Path) -> None:
+    named = {url: sources_of(url)[0][0] for url in (f"ftp://me:{SECRET}@host/d/a.csv?t=1", "https://host/d/b.csv?c*d")}
+    assert list(named.values()) == ["a.csv", "b.csv"]
+    with pytest.raises(DataError) as raised:
+        sources_of("ftp://me:s3cret@127.0.0.1:1/*.csv")
+    assert "s3cret" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["\x1b[2J.csv", "line\nbreak.csv", "turned\u202e.csv", "not utf-8 \udcff.csv"])
+def test_a_name_of_a_file_is_kept_in_characters_that_are_seen(tmp_path: Path, name: str) -> None:
+    for number, path in enumerate((tmp_path / name, tmp_path / f"{'x' * 150}.csv")):
+        path.write_text("text,label\n" + "".join(f"{number} {i},{i % 2}\n" for i in range(20)))
+    sets = PreparedSets(tmp_path / "prepared", 10**9)
+    names = read_files("d", tmp_path / "*.csv", sets=sets).train.source_names
+    assert all(name.isprintable() and len(name) <= 100 for name in names)
+    assert len(names) == 2
+
+
+def test_a_dataset_is_named_after_what_is_sure_in_a_pattern(tmp_path: Path) -> None:
+    (tmp_path / "reviews").mkdir()
+    for number in range(2):
+        write_jsonl(tmp_path / f"reviews/train-{number}.jsonl", ROWS[30 * number : 30 * number + 30])
+    settings = LearnSettings(home=tmp_path)
+    for pattern, name in (("train-*.jsonl", "train"), ("*.jsonl", "reviews")):
+        dataset = load_data(read_recipe(None, {"data": {"file": f"{tmp_path}/reviews/{pattern}"}}), settings)
+        assert (dataset.name, everything(dataset)) == (name, set(ROWS))
+
+
 # --- URLs --------------------------------------------------------------------------------------------------------
 
 
@@ -164,6 +222,12 @@ def test_any_file_system_of_fsspec_holds_files_and_directories(tmp_path: Path) -
         assert read_files("d", "memory://bucket/d.jsonl").digest == read_files("d", tmp_path / "d.jsonl").digest
         here = read_files("d", make_directory(tmp_path / "texts", ROWS))
         assert read_files("d", "memory://bucket/texts").digest == here.digest
+        for number in range(2):
+            write_jsonl(tmp_path / f"part-{number}.jsonl", ROWS[30 * number : 30 * number + 30])
+            memory.put_file(str(tmp_path / f"part-{number}.jsonl"), f"/bucket/part-{number}.jsonl")
+        parts = read_files("d", "memory://bucket/part-*.jsonl")
+        assert parts.digest == read_files("d", tmp_path / "d.jsonl").digest
+        assert set(parts.train.source_names) == {"part-0.jsonl", "part-1.jsonl"}
     finally:
         memory.rm("/bucket", recursive=True)
     assert read_files("d", f"file://{tmp_path}/d.jsonl").digest == read_files("d", tmp_path / "d.jsonl").digest

@@ -30,9 +30,11 @@ AsJson = Annotated[bool, typer.Option("--json", help="Machine output.")]
 CorpusName = Annotated[str | None, typer.Option("--corpus", help="A named corpus; see `millpond learn data`.")]
 DataFile = Annotated[
     str | None,
-    typer.Option("--file", help="A CSV, TSV, JSONL or Parquet file, or a directory per class; a path or a URL."),
+    typer.Option(
+        "--file", help="CSV, TSV, JSONL or Parquet files, or a directory per class; a path, a pattern or a URL."
+    ),
 ]
-TestFile = Annotated[str | None, typer.Option(help="A second file or directory to test on.")]
+TestFile = Annotated[str | None, typer.Option(help="Other files or another directory to test on.")]
 Query = Annotated[str | None, typer.Option("--query", help="A SELECT whose rows are the data.")]
 Database = Annotated[
     str | None,
@@ -556,6 +558,11 @@ def _show_evaluation(evaluation: Evaluation, dataset: Dataset) -> None:
         table.add_row(score.label, f"{score.rows:,}", *numbers)
     split = "official test split" if dataset.official_test else "test split"
     _console().print(table)
+    if len(evaluation.by_source) > 1:
+        table = Table("source", "rows", "accuracy")
+        for source in evaluation.by_source:
+            table.add_row(escape(source.name), f"{source.rows:,}", f"{source.accuracy:.2%}")
+        _console().print(table)
     _console().print(
         f"{dataset.name}, {split}, {evaluation.rows:,} texts: accuracy {evaluation.accuracy:.2%}, "
         f"macro F1 {evaluation.macro_f1:.4f}, log loss {evaluation.log_loss:.4f}, "

@@ -238,9 +238,9 @@ def read_result(place: Path) -> JobResult:
         result = msgspec.json.decode(raw, type=JobResult)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise JobFailed(f"The job's {RESULT} cannot be used: {str(error)[:300]}.") from error
-    for name, count in (("test", result.test), ("heldout", result.heldout)):
+    for name, count in (("test", result.test), ("heldout", result.heldout), *result.by_source.items()):
         if not _is_possible(count):
-            raise JobFailed(f"The job's {RESULT} cannot be used: the counts of {name} contradict each other.")
+            raise JobFailed(f"The job's {RESULT} cannot be used: the counts of {name[:100]} contradict each other.")
     return result
 
 

@@ -100,7 +100,7 @@ def load(
                 f"If you have it somewhere: millpond learn data {name} --from DIRECTORY."
             ) from error
         found = prepared
-    dataset = _read(corpus, found, PreparedSets.of(settings))
+    dataset = _read(corpus, found, PreparedSets.of(settings)).of_source(name)
     return replace(dataset, name=name, official_test=corpus.official_test)
 
 
@@ -118,7 +118,7 @@ def prepare(name: str, directory: Path, settings: LearnSettings) -> Dataset:
         DataError: there is no such corpus, or what lies there is not it.
     """
     corpus = _known(name)
-    dataset = _read(corpus, directory, PreparedSets.of(settings))
+    dataset = _read(corpus, directory, PreparedSets.of(settings)).of_source(name)
     prepared = _prepared(corpus, settings)
     if not prepared.exists():
         _write(prepared, {"train": _named(dataset, dataset.train), "test": _named(dataset, dataset.test)})

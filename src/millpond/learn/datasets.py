@@ -29,6 +29,8 @@ SHOWN_BAD_ROWS = 20
 """Bad rows that are kept with their line number and reason; the others are only counted."""
 TEST_SHARE = 0.2
 """Share of the texts that become the test split where the data does not say which rows are for testing."""
+NAMED_SOURCES = 50
+"""Sources of a split that keep their names, the largest; the others, however many files they are, become one."""
 
 SplitName = Literal["train", "validation", "test"]
 SPLIT_ORDER: tuple[SplitName, ...] = ("train", "validation", "test")
@@ -44,22 +46,36 @@ class DataError(MillpondError):
 
 
 class Split:
-    """Texts and the index of each one's label in `Dataset.labels`."""
+    """Texts, the index of each one's label in `Dataset.labels`, and of its source in `source_names`.
 
-    def __init__(self, texts: Iterable[str], labels: NDArray[np.int64]) -> None:
+    Without `sources` all rows are of the first. No digest knows of them: the same rows are the same wherever they lie.
+    """
+
+    def __init__(
+        self,
+        texts: Iterable[str],
+        labels: NDArray[np.int64],
+        sources: NDArray[np.int16] | None = None,
+        source_names: tuple[str, ...] = ("",),
+    ) -> None:
         self.texts = Texts.of(texts)
         self.labels = labels
+        self.sources = np.zeros(len(labels), np.int16) if sources is None else sources
+        self.source_names = source_names
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def take(self, index: NDArray[np.int64]) -> Split:
         """Return the rows at `index`, in that order."""
-        return Split(self.texts.take(index), self.labels[index])
+        return Split(self.texts.take(index), self.labels[index], self.sources[index], self.source_names)
 
     def with_rows(self, other: Split) -> Split:
-        """Return these rows and then those of `other`."""
-        return Split(self.texts + other.texts, np.concatenate([self.labels, other.labels]))
+        """Return these rows and then those of `other`; sources of one name are one source."""
+        names = tuple(dict.fromkeys(self.source_names + other.source_names))
+        theirs = np.array([names.index(name) for name in other.source_names], np.int16)[other.sources]
+        labels, sources = np.concatenate([self.labels, other.labels]), np.concatenate([self.sources, theirs])
+        return Split(self.texts + other.texts, labels, sources, names)
 
 
 @dataclass
@@ -122,6 +138,11 @@ class Dataset:
         """Return the same rows with other names for the labels."""
         return replace(self, labels=[labels.get(label, label) for label in self.labels], known_digest="")
 
+    def of_source(self, name: str) -> Dataset:
+        """Return the same rows as all of one source."""
+        splits = {part: Split(split.texts, split.labels, source_names=(name,)) for part, split in self.splits.items()}
+        return replace(self, train=splits["train"], test=splits["test"], validation=splits.get("validation"))
+
     def without_leaks(self) -> Dataset:
         """Return it without the training and validation rows whose text is in the test split, which stays whole.
 
@@ -161,8 +182,8 @@ def split_digest(split: Split) -> str:
     return rows.hexdigest()
 
 
-Row = tuple[str, str, SplitName]
-"""Text, label, split."""
+Row = tuple[str, str, SplitName, str]
+"""Text, label, split, name of its source."""
 
 
 def from_rows(
@@ -183,7 +204,7 @@ def from_rows(
     gathered = Gathered(name, content.extend, bad_rows or BadRows())
     for split, members in rows.items():
         for text, label in members:
-            gathered.add((text, label, split))
+            gathered.add((text, label, split, name))
     dataset = gathered.dataset(lambda: np.frombuffer(bytes(content), np.uint8), source=source, seed=seed)
     return replace(dataset, official_test=official_test)
 
@@ -195,8 +216,10 @@ class Gathered:
         self._name, self._bad_rows = name, bad_rows
         self.texts = StoreWriter(write)
         self._label_numbers: dict[str, int] = {}  # in the order in which they come
+        self._source_numbers: dict[str, int] = {}
         self._labels = array("q")
         self._splits = array("b")
+        self._sources = array("i")
 
     def add(self, row: Row) -> None:
         """Take a row in.
@@ -204,13 +227,14 @@ class Gathered:
         Raises:
             DataError: there are far too many labels for the column to be the right one.
         """
-        text, label, split = row
+        text, label, split, source = row
         number = self._label_numbers.setdefault(label, len(self._label_numbers))
         if number >= SEEN_LABELS:
             raise self._too_many(f"more than {SEEN_LABELS:,}")
         self.texts.add(text)
         self._labels.append(number)
         self._splits.append(SPLIT_ORDER.index(split))
+        self._sources.append(self._source_numbers.setdefault(source, len(self._source_numbers)))
 
     def dataset(
         self,
@@ -227,6 +251,7 @@ class Gathered:
         """
         found = list(self._label_numbers)
         numbers, splits = np.array(self._labels, np.int64), np.array(self._splits, np.int8)
+        sources, source_names = np.array(self._sources, np.int32), list(self._source_numbers)
         order = np.arange(len(numbers))
         trained = [found[i] for i in np.unique(numbers[splits == SPLIT_ORDER.index("train")])]
         labels = sorted(trained, key=_label_order)
@@ -244,7 +269,7 @@ class Gathered:
                 where = f"{part} row {position + 1}"
                 self._bad_rows.add(where, f"label {label[:40]!r} does not occur in the training rows")
             rows = rows[indices[rows] >= 0]
-            return Split(texts.take(rows), indices[rows])
+            return Split(texts.take(rows), indices[rows], *_largest(sources[rows], source_names))
 
         train, validation, test = as_split("train"), as_split("validation"), as_split("test")
         if not len(test):
@@ -271,6 +296,17 @@ class Gathered:
 
     def _too_many(self, count: str) -> DataError:
         return DataError(f"{self._name}: different labels: {count}. Is the label column the right one?")
+
+
+def _largest(sources: NDArray[np.int32], names: list[str]) -> tuple[NDArray[np.int16], tuple[str, ...]]:
+    """Number the sources of some rows anew, the largest first; after `NAMED_SOURCES` of them the others are one."""
+    found, at, rows = np.unique(sources, return_inverse=True, return_counts=True)
+    order = np.argsort(-rows, kind="stable")
+    place = np.argsort(order)
+    kept = [names[found[i]] for i in order[:NAMED_SOURCES]]
+    if others := len(found) - len(kept):
+        kept.append(f"{others:,} other sources")
+    return np.minimum(place, NAMED_SOURCES)[at].astype(np.int16), tuple(kept)
 
 
 def split_texts(split: Split, share: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

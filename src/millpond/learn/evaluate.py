@@ -44,6 +44,14 @@ class LengthBin(msgspec.Struct, frozen=True, kw_only=True):
     accuracy: float
 
 
+class SourceScore(msgspec.Struct, frozen=True, kw_only=True):
+    """The rows of one source: how many, and how often the answers were right."""
+
+    name: str
+    rows: int
+    accuracy: float
+
+
 class Mistake(msgspec.Struct, frozen=True, kw_only=True):
     """A wrong answer: `row` is its place in the split, `probability` what the model gave its answer."""
 
@@ -67,6 +75,8 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     confusion: list[list[int]]
     calibration: list[CalibrationBin]
     by_length: list[LengthBin]
+    by_source: list[SourceScore]
+    """The largest first."""
     worst: list[Mistake]
 
     @property
@@ -106,6 +116,7 @@ def evaluate(probability: NDArray[np.float32], split: Split, labels: Sequence[st
         confusion=confusion.tolist(),
         calibration=bins,
         by_length=_by_length(split.texts, answer == truth),
+        by_source=_by_source(split, answer == truth),
         worst=[
             Mistake(
                 row=int(i),
@@ -129,6 +140,16 @@ def paired(candidate: NDArray[np.bool_], champion: NDArray[np.bool_] | None) -> 
         only_champion_right=int((~candidate & champion).sum()),
         only_candidate_right=int((candidate & ~champion).sum()),
     )
+
+
+def paired_by_source(
+    split: Split, candidate: NDArray[np.bool_], champion: NDArray[np.bool_] | None
+) -> dict[str, PairedCount]:
+    """Count, for each source of the rows, who was right on them."""
+    rows = {name: split.sources == number for number, name in enumerate(split.source_names)}
+    return {
+        name: paired(candidate[of], None if champion is None else champion[of]) for name, of in rows.items() if of.any()
+    }
 
 
 def log_loss(probability: NDArray[np.floating[Any]], truth: NDArray[np.int64]) -> float:
@@ -167,6 +188,23 @@ def _by_length(texts: Sequence[str], right: NDArray[np.bool_]) -> list[LengthBin
         )
         for inside in (which == i for i in np.unique(which))
     ]
+
+
+def _by_source(split: Split, right: NDArray[np.bool_]) -> list[SourceScore]:
+    count = len(split.source_names)
+    rows, hits = np.bincount(split.sources, minlength=count), np.bincount(split.sources, right, count)
+    return [
+        SourceScore(name=split.source_names[i], rows=int(rows[i]), accuracy=float(hits[i] / rows[i]))
+        for i in np.argsort(-rows, kind="stable")
+        if rows[i]
+    ]
+
+
+def wilson(share: float, rows: int, z: float = 1.96) -> tuple[float, float]:
+    """Return the interval that holds the true share with 95 % (Wilson 1927)."""
+    middle = (share + z * z / (2 * rows)) / (1 + z * z / rows)
+    half = z / (1 + z * z / rows) * (share * (1 - share) / rows + z * z / (4 * rows * rows)) ** 0.5
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def _ratio(part: NDArray[np.int64], whole: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import decimal
 import hashlib
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from millpond.learn.datasets import (
     SplitName,
 )
 from millpond.learn.prepared import PreparedSets
-from millpond.learn.sources import BadRow, Columns, Raw, is_url, rows_of, rows_of_query, shown
+from millpond.learn.sources import BadRow, Columns, Raw, is_url, rows_of, rows_of_query, shown, sources_of
 
 OnRows = Callable[[int], None]
 """Told how many rows have been read."""
@@ -38,12 +40,14 @@ ROWS_BETWEEN_REPORTS = 20_000
 
 @dataclass(frozen=True)
 class _Input:
-    """Rows of one source; `only` is the split of all of them, `stamp` changes when they do (None: unknown)."""
+    """Rows of one source, which they know by `name`; `only` is the split of all, `stamp` changes when they do."""
 
     source: str
+    name: str
     rows: Callable[[], Iterator[Raw]]
     only: SplitName | None
     stamp: str | None
+    """None: nobody knows."""
 
 
 def read_files(
@@ -60,21 +64,23 @@ def read_files(
 ) -> Dataset:
     """Read a CSV, TSV, JSONL or Parquet file with a text and a label column, or a directory per class.
 
-    A source is a path or a URL that fsspec can open. The test split is `test_source`, or the rows whose `split` column
-    or directory says so, or a fifth of the texts chosen with `seed`, repeated texts kept on one side.
+    A source is a path or a URL that fsspec can open, or a pattern of such, as `reviews-*.csv`: each file is a source.
+    The test split is `test_source`, or the rows whose `split` column or directory says so, or a fifth of the texts
+    chosen with `seed`, repeated texts kept on one side.
 
     Raises:
         DataError: a source cannot be read, is empty, lacks a column, has one class only, or mostly bad rows.
     """
     columns = Columns(text, label, split)
 
-    def of(part: Path | str, only: SplitName | None) -> _Input:
-        return _Input(str(part), lambda: rows_of(str(part), columns), only, _stamp(str(part), columns))
+    def of(part: Path | str, only: SplitName | None) -> list[_Input]:
+        return [
+            _Input(place, named, partial(rows_of, place, columns), only, _stamp(place, columns))
+            for named, place in sources_of(str(part))
+        ]
 
-    inputs = [of(source, "train" if test_source else None)]
-    if test_source:
-        inputs.append(of(test_source, "test"))
-    shown_as = " and ".join(shown(part.source) for part in inputs)
+    inputs = of(source, "train" if test_source else None) + (of(test_source, "test") if test_source else [])
+    shown_as = " and ".join(shown(str(part)) for part in (source, test_source) if part)
     return _gather(name, inputs, shown_as, split, seed, sets, on_rows)
 
 
@@ -96,7 +102,7 @@ def read_query(
         DataError: the database cannot be reached, the query fails or lacks a column, or as for `read_files`.
     """
     columns = Columns(text, label, split)
-    found = _Input(shown(database), lambda: rows_of_query(database, query, columns), None, None)
+    found = _Input(shown(database), "query", partial(rows_of_query, database, query, columns), None, None)
     return _gather(name, [found], f"a query to {shown(database)}", split, seed, sets, on_rows, sort=True)
 
 
@@ -142,7 +148,7 @@ def _rows(inputs: list[_Input], split: str | None, bad: BadRows, on_rows: OnRows
             tested |= target == "test"
             if total % ROWS_BETWEEN_REPORTS == 0:
                 on_rows(total)
-            yield text, label, target
+            yield text, label, target, part.name
         if bad.count - before > good:
             raise DataError(
                 f"{source}: {bad.count - before} rows are bad and {good} are good, so the source or the columns are "
@@ -191,7 +197,8 @@ def _stamp(source: str, columns: Columns) -> str | None:
     try:
         for path in sorted(root.rglob("*")) if root.is_dir() else [root]:
             state = path.stat()
-            states.update(f"{path}\0{state.st_size} {state.st_mtime_ns} {state.st_ctime_ns} {state.st_ino}\0".encode())
+            states.update(os.fsencode(path))  # which need not be UTF-8
+            states.update(f"\0{state.st_size} {state.st_mtime_ns} {state.st_ctime_ns} {state.st_ino}\0".encode())
     except OSError:
         return None
     return f"{states.hexdigest()} {columns}"

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from millpond.files import replace
 from millpond.learn.checkpoint import Checkpoints, clear
 from millpond.learn.datasets import DataError, Dataset, Split, split_digest
-from millpond.learn.evaluate import evaluate, paired
+from millpond.learn.evaluate import evaluate, paired, paired_by_source
 from millpond.learn.export import read_model, write_model
 from millpond.learn.fit import Report, Stopwatch, answer, fit, pick_device, place_of
 from millpond.learn.options import TrainingError
@@ -62,8 +62,8 @@ def do_job(
         recipe = read_recipe(Path(spec.recipe))
         on_device, paddle = pick_device(device), place_of(recipe, settings, device)
         dataset = load_data(recipe, settings)
-        corrections = _as_split(read_texts(directory / spec.corrections), dataset.labels)
-        heldout = _as_split(read_texts(directory / spec.heldout), dataset.labels)
+        corrections = _as_split(read_texts(directory / spec.corrections), dataset.labels, "corrections")
+        heldout = _as_split(read_texts(directory / spec.heldout), dataset.labels, "corrections, held out")
         used, corrections = training_rows(recipe, dataset, corrections, heldout)
     place = directory / spec.checkpoints
     keep = partial(Checkpoints, place, every_s=settings.checkpoint_s, strict=False)
@@ -126,6 +126,7 @@ def do_job(
         version=spec.version,
         test=paired(candidate_right[:tests], None if champion_right is None else champion_right[:tests]),
         heldout=paired(candidate_right[tests:], None if champion_right is None else champion_right[tests:]),
+        by_source=paired_by_source(both, candidate_right, champion_right),
         official_test=dataset.official_test,
         metrics=evaluation.metrics,
         seconds=watch.seconds,
@@ -189,11 +190,11 @@ def training_rows(recipe: Recipe, dataset: Dataset, corrections: Split, heldout:
     return used, corrections
 
 
-def _as_split(texts: list[LabelledText], labels: list[str]) -> Split:
+def _as_split(texts: list[LabelledText], labels: list[str], source: str) -> Split:
     """Return the texts with the index of their label, -1 where the corpus has no such label."""
     index = {label: i for i, label in enumerate(labels)}
     numbers = np.array([index.get(text.label, -1) for text in texts], np.int64)
-    return Split([text.text for text in texts], numbers)
+    return Split([text.text for text in texts], numbers, source_names=(source,))
 
 
 def _right(directory: Path, split: Split, labels: list[str], device: torch.device) -> NDArray[np.bool_]:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from millpond.learn.calibrate import Scaling
-from millpond.learn.evaluate import CalibrationBin, Evaluation
+from millpond.learn.evaluate import CalibrationBin, Evaluation, wilson
 from millpond.learn.mllog import RunLog
 from millpond.learn.progress import Epoch
 
@@ -101,7 +101,7 @@ def length_figure(evaluation: Evaluation) -> Figure:
     axes = figure.subplots()
     bins = evaluation.by_length
     places = range(len(bins))
-    ranges = [_wilson(b.accuracy, b.rows) for b in bins]
+    ranges = [wilson(b.accuracy, b.rows) for b in bins]
     below = [max(0.0, b.accuracy - low) for b, (low, _) in zip(bins, ranges, strict=True)]
     above = [max(0.0, high - b.accuracy) for b, (_, high) in zip(bins, ranges, strict=True)]
     axes.errorbar(places, [b.accuracy for b in bins], (below, above), fmt="o", color=TRAINING, capsize=3)
@@ -197,10 +197,3 @@ def _draw_calibration(axes: Axes, evaluation: Evaluation, label: str) -> None:
 
 def _plot_bins(axes: Axes, bins: Sequence[CalibrationBin], colour: str, label: str) -> None:
     axes.plot([b.confidence for b in bins], [b.accuracy for b in bins], "o-", color=colour, label=label, markersize=4)
-
-
-def _wilson(share: float, rows: int, z: float = 1.96) -> tuple[float, float]:
-    """Return the interval that holds the true share with 95 % (Wilson 1927)."""
-    middle = (share + z * z / (2 * rows)) / (1 + z * z / rows)
-    half = z / (1 + z * z / rows) * (share * (1 - share) / rows + z * z / (4 * rows * rows)) ** 0.5
-    return middle - half, middle + half

@@ -8,6 +8,7 @@ program that has mapped one keeps it until it ends.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
 import tempfile
@@ -25,7 +26,7 @@ from millpond.learn.datasets import BadRows, DataError, Dataset, Gathered, Row, 
 from millpond.learn.texts import Store, Texts
 from millpond.settings import LearnSettings
 
-FORMAT = 1
+FORMAT = 2
 """Raised when what is written, or which rows are taken, changes: older sets are then not found."""
 ABANDONED_S = 24 * 3600
 """Age after which a set that was never finished is swept away."""
@@ -40,6 +41,9 @@ class _Description(msgspec.Struct, frozen=True, kw_only=True):
     source: str
     labels: list[str]
     splits: list[str]
+    sources: dict[str, tuple[str, ...]]
+    """Names by split; which row is of which is in the arrays `sources_as`."""
+    sources_as: str
     bad_rows: int
     first_bad_rows: list[tuple[str, str]]
 
@@ -83,8 +87,9 @@ class PreparedSets:
                 new.mkdir()
                 digest = self._write(new, name, rows, bad_rows, stamp=stamp, source=source, seed=seed, sort=sort)
                 target = self.directory / digest.removeprefix("sha256:")
-                if target.exists():  # the same rows from elsewhere: what is there is as good, the description is newer
-                    (new / "set.json").replace(target / "set.json")
+                if target.exists():  # the same rows from elsewhere: what is there is as good, what is said is newer
+                    for path in (*new.glob("*-sources-*.npy"), new / "set.json"):
+                        path.replace(target / path.name)
                 else:
                     new.rename(target)
             dataset = self._open(target, name)
@@ -113,9 +118,13 @@ class PreparedSets:
             for row in rows:
                 gathered.add(row)
         dataset = gathered.dataset(lambda: _mapped(new / "texts"), source=source, seed=seed, sort=sort)
-        arrays = {"starts": gathered.texts.starts, "keys": gathered.texts.keys}
+        arrays: dict[str, NDArray[Any]] = {"starts": gathered.texts.starts, "keys": gathered.texts.keys}
         for split_name, split in dataset.splits.items():
             arrays |= {f"{split_name}-rows": split.texts.rows, f"{split_name}-labels": split.labels}
+        # Named by what is in them: the same rows may come from other sources later, while a program reads these.
+        sources = {split_name: split.sources for split_name, split in dataset.splits.items()}
+        sources_as = hashlib.sha256(b"".join(part.tobytes() for part in sources.values())).hexdigest()[:16]
+        arrays |= {f"{split_name}-sources-{sources_as}": part for split_name, part in sources.items()}
         for array_name, array in arrays.items():
             np.save(new / f"{array_name}.npy", array, allow_pickle=False)
         description = _Description(
@@ -125,6 +134,8 @@ class PreparedSets:
             source=dataset.source,
             labels=dataset.labels,
             splits=list(dataset.splits),
+            sources={split_name: split.source_names for split_name, split in dataset.splits.items()},
+            sources_as=sources_as,
             bad_rows=bad_rows.count,
             first_bad_rows=bad_rows.first,
         )
@@ -139,7 +150,12 @@ class PreparedSets:
         starts, keys = _load(directory, "starts"), _load(directory, "keys")
         store = Store(_mapped(directory / "texts"), starts, keys, self.directory)
         splits = {
-            split: Split(Texts([store], _load(directory, f"{split}-rows")), _load(directory, f"{split}-labels"))
+            split: Split(
+                Texts([store], _load(directory, f"{split}-rows")),
+                _load(directory, f"{split}-labels"),
+                _load(directory, f"{split}-sources-{description.sources_as}"),
+                description.sources[split],
+            )
             for split in description.splits
         }
         return Dataset(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path, PurePath
@@ -225,9 +226,15 @@ def load_data(recipe: Recipe, settings: LearnSettings, *, on_rows: OnRows = lamb
         dataset = read_query("query", database, data.query, **how)
     else:
         assert data.file is not None  # check() has seen to it
-        name = PurePath(shown(data.file)).stem or "data"
-        dataset = read_files(name, data.file, data.test_file, **how)
+        dataset = read_files(_name(data.file), data.file, data.test_file, **how)
     return dataset.without_leaks() if data.drop_leaks else dataset
+
+
+def _name(source: str) -> str:
+    """Return what a dataset is called after its file: `train` for train-*.csv, `reviews` for reviews/*.csv."""
+    path = PurePath(shown(source))
+    named = (re.sub(r"[*?\[\]]+", "", part).strip("-_. ") for part in (path.stem, path.parent.name))
+    return next(filter(None, named), "data")
 
 
 def used_rows(recipe: Recipe, dataset: Dataset) -> tuple[Split, Split]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 
 import millpond
+from millpond.learn.evaluate import wilson
 from millpond.learn.pictures import calibration_figure, confusion_figure, length_figure, svg, training_figure
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def _facts(run: Run) -> dict[str, Any]:
         "dataset": dataset,
         "evaluation": evaluation,
         "classes": evaluation.classes[:SHOWN_CLASSES],
+        "sources": [(source, *wilson(source.accuracy, source.rows)) for source in evaluation.by_source],
         "scaling": run.scaling,
         "epochs": _shown(epochs, training.best),
         "best": best,

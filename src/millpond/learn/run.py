@@ -260,7 +260,8 @@ def measure(
         )
     chosen = pick_device(device)
     index = np.array([config.labels.index(label) for label in dataset.labels])
-    split = Split(dataset.test.texts, index[dataset.test.labels])
+    test = dataset.test
+    split = Split(test.texts, index[test.labels], test.sources, test.source_names)
     evaluation = evaluate(answer(model.to(chosen), encoder, split.texts, chosen), split, config.labels)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)

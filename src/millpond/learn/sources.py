@@ -7,6 +7,7 @@ in its place. A password, or what follows the `?` of a URL, is in no message.
 from __future__ import annotations
 
 import csv
+import os
 import re
 import shutil
 import tempfile
@@ -25,6 +26,8 @@ MAX_LINE_BYTES = 6 * MAX_TEXT_CHARACTERS
 """Longest line of a JSONL file; JSON escapes may make six bytes of a character."""
 ROWS_AT_ONCE = 1000
 """Rows of a query or of a Parquet file that are in memory together."""
+MAX_NAME_CHARACTERS = 100
+"""Longest name of a source."""
 CONNECT_S = 10
 COPY_BYTES = 1024 * 1024
 
@@ -61,6 +64,37 @@ def is_url(source: str) -> bool:
 def shown(source: str) -> str:
     """Return a path, or a URL without user, password and query: what may be shown and kept."""
     return re.sub(r"\?.*", "", re.sub(r"//\S*@", "//", source), flags=re.DOTALL) if is_url(source) else source
+
+
+def sources_of(source: str) -> list[tuple[str, str]]:
+    """Return name and place of each source that a path or URL stands for: itself, or the files that it is a pattern of.
+
+    A name is what may be kept of a place: a file's name, below the directory that all files share. Hosts, passwords and
+    homes are not in it.
+
+    Raises:
+        DataError: it is a pattern of no file, or cannot be listed.
+    """
+    if not re.search(r"\*" if is_url(source) else r"[*?[]", shown(source)) or Path(source).exists():
+        whole = shown(source).partition("::")[0] if is_url(source) else Path(source).absolute()
+        return [(_nameable(PurePosixPath(whole).name), source)]
+    with _errors(source):
+        files, pattern = _open_url(source)
+        found = files.glob(pattern, detail=True).items()
+    paths = sorted(PurePosixPath(str(path)) for path, info in found if info["type"] != "directory")
+    paths = [path for path in paths if not path.name.startswith(".")]
+    if not paths:
+        raise DataError(f"{shown(source)} is the pattern of no file. Give a path, or a pattern that files match.")
+    shared = os.path.commonpath([path.parent for path in paths])
+    names = [_nameable(str(path.relative_to(shared))) for path in paths]
+    places = [source.replace(pattern, str(path), 1) if is_url(source) else str(path) for path in paths]
+    return list(zip(names, places, strict=True))
+
+
+def _nameable(name: str) -> str:
+    """Return a name that any page, terminal or JSON can hold: not too long, of characters that are seen."""
+    name = "".join(character if character.isprintable() else "\ufffd" for character in name)
+    return name if len(name) <= MAX_NAME_CHARACTERS else f"…{name[1 - MAX_NAME_CHARACTERS :]}"
 
 
 def rows_of(source: str, columns: Columns) -> Iterator[Raw]:

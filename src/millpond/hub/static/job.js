@@ -6,6 +6,18 @@ import { progressOf, stateTag } from "./training.js";
 const at = (id) => document.getElementById(id);
 const id = at("job").dataset.id;
 
+const accuracy = (counted, of) => percent((counted.both_right + counted[`only_${of}_right`]) / counted.rows);
+
+// Of several sources of the rows that it was measured on: its accuracy on each, and its champion's.
+function bySource(job) {
+  const sources = Object.entries(job.result?.by_source || {});
+  if (sources.length < 2) return {};
+  return Object.fromEntries(sources.map(([name, counted]) => {
+    const before = job.champion ? `, champion ${accuracy(counted, "champion")}` : "";
+    return [`· ${name}`, `${accuracy(counted, "candidate")}${before} (${count(counted.rows)} rows)`];
+  }));
+}
+
 async function look() {
   const [job, steps, log] = await Promise.all([
     call("GET", `/api/v1/jobs/${id}`), call("GET", `/api/v1/jobs/${id}/progress`), call("GET", `/api/v1/jobs/${id}/log`)]);
@@ -24,7 +36,8 @@ async function look() {
     attempt: job.attempt > 1 ? `${job.attempt} (${job.failures} failed)` : job.attempt || null,
     "corrections that train": job.training_rows == null ? null : count(job.training_rows),
     "corrections held out": job.heldout_rows == null ? null : count(job.heldout_rows),
-    "test accuracy": job.result && percent((job.result.test.both_right + job.result.test.only_candidate_right) / job.result.test.rows),
+    "test accuracy": job.result && accuracy(job.result.test, "candidate"),
+    ...bySource(job),
     started: job.started && when(job.started),
     took: took && span(took),
   };

@@ -272,7 +272,7 @@ def share(directory: Path, dataset: Dataset, learned: Split, held: Split, stamp:
     def rows() -> Any:
         for split, part in ((learned, "train"), (held, "test")):
             for text, label in zip(split.texts, split.labels.tolist(), strict=True):
-                row: Row = (text, dataset.labels[label], part)  # type: ignore[assignment]
+                row: Row = (text, dataset.labels[label], part, "")  # type: ignore[assignment]
                 yield row
 
     PreparedSets(directory / ROWS, KEEP_BYTES).prepare(
