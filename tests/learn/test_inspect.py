@@ -16,13 +16,14 @@ from millpond.cli.learn import app
 from millpond.learn import corpora
 from millpond.learn.datasets import Dataset, from_rows
 from millpond.learn.duplicates import near_duplicates
+from millpond.learn.gather import read_files
 from millpond.learn.inspect import inspect
 from millpond.learn.inspection_page import write_page
 from millpond.learn.suspects import confident_joint, find_suspects
 from millpond.learn.texts import Texts
 from millpond.settings import LearnSettings, load
 
-from .conftest import make_rows
+from .conftest import make_rows, write_jsonl
 
 ODD = [
     ("caf\u00c3\u00a9", "a"),
@@ -118,6 +119,17 @@ def test_the_page_needs_nothing_else_and_escapes_what_it_shows(tmp_path: Path) -
     assert page.count("<svg ") == 2
     assert "url(http" not in page
     assert 'src="' not in page
+
+
+def test_the_page_counts_one_row_as_one_and_its_letters_are_letters(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "d.jsonl", make_rows(40))
+    with path.open("a") as file:
+        file.write("broken\n")
+    write_page(inspect(read_files("d", path), quick=True), tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "1 row cannot be used:" in page
+    assert ">bad row, not used<" in page
+    assert page.count("<text") > 10
 
 
 def invoke(*arguments: object) -> Any:

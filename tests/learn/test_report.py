@@ -153,6 +153,14 @@ def test_a_training_that_ended_early_says_so(done: Run, tmp_path: Path, ended: s
     assert says in Page((tmp_path / "r.html").read_text()).words
 
 
+def test_labels_that_look_like_formulas_are_drawn_as_they_are(tmp_path: Path) -> None:
+    labels = ("$\\frac$", "\x1b[1m" + "a" * 30)
+    rows = [(f"word{i % 2} and filler {i}", labels[i % 2]) for i in range(100)]
+    html = (trained(tmp_path, rows, training={"epochs": 1}).directory / "report.html").read_text()
+    assert html.count("$·frac$") == 2  # the backslash alone is not drawn
+    assert html.count("··1maaaaaaaaaaaaa…") == 2
+
+
 def test_a_run_without_validation_and_with_many_labels_has_a_report(tmp_path: Path) -> None:
     rows = [(f"word{i % 60} and filler {i}", f"a label with a long name, number {i % 60}") for i in range(600)]
     done = trained(tmp_path, rows, validation=0.0, training={"epochs": 0})

@@ -531,7 +531,7 @@ def _printable(text: str) -> str:
 
 def _show_bad_rows(dataset: Dataset) -> None:
     if dataset.bad_rows.count:
-        _console().print(f"{dataset.bad_rows.count:,} bad rows were not used:\n{dataset.bad_rows}", markup=False)
+        _console().print(f"Bad rows that were not used, {dataset.bad_rows.count:,}:\n{dataset.bad_rows}", markup=False)
 
 
 def _show_run(done: Run) -> None:

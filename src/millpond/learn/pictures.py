@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
@@ -22,7 +23,8 @@ from millpond.learn.progress import Epoch
 TRAINING, VALIDATION = "#0e6870", "#c8553d"
 COLOURS = (TRAINING, VALIDATION, "#8a6fb0", "#c9a227", "#4f7942", "#566a6d")
 NAMED_LABELS = 20
-"""Labels whose names and counts fit into the picture of the confusion."""
+"""Labels whose names and numbers fit into a matrix."""
+TICK_CHARACTERS = 18
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # letters stay letters: small, sharp, and in the page's own fonts
     "svg.hashsalt": "millpond",
@@ -90,7 +92,7 @@ def calibration_figure(evaluation: Evaluation, scaling: Scaling | None = None) -
     _draw_calibration(axes, evaluation, "as exported")
     if scaling is not None:
         _plot_bins(axes, scaling.calibration, VALIDATION, f"temperature {scaling.temperature:.2f}")
-    axes.legend(fontsize="small", loc="upper left")
+    axes.legend(fontsize="small", loc="lower right")
     return figure
 
 
@@ -107,7 +109,12 @@ def length_figure(evaluation: Evaluation) -> Figure:
     axes.errorbar(places, [b.accuracy for b in bins], (below, above), fmt="o", color=TRAINING, capsize=3)
     axes.axhline(evaluation.accuracy, color=VALIDATION, linewidth=1, linestyle=":")
     axes.annotate(
-        "all texts", (len(bins) - 0.55, evaluation.accuracy), color=VALIDATION, va="bottom", ha="right", fontsize=8.5
+        " all texts",
+        (1, evaluation.accuracy),
+        xycoords=("axes fraction", "data"),
+        va="center",
+        color=VALIDATION,
+        fontsize=8.5,
     )
     axes.set_xticks(places, [f"{b.shortest:,}–{b.longest:,}\n{b.rows:,} texts" for b in bins], fontsize=8)
     axes.set(xlabel="length in characters", title="Accuracy by length", xlim=(-0.5, len(bins) - 0.5))
@@ -171,19 +178,31 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _draw_confusion(axes: Axes, evaluation: Evaluation) -> None:
-    counts, labels = evaluation.confusion, evaluation.labels
+    counts = evaluation.confusion
     shares = [[count / max(1, sum(row)) for count in row] for row in counts]
-    axes.imshow(shares, cmap="GnBu", vmin=0, vmax=1)
+    draw_matrix(axes, shares, evaluation.labels, [[f"{count:,}" for count in row] for row in counts])
     axes.set(title="Confusion", xlabel="answered", ylabel="truth")
+
+
+def draw_matrix(
+    axes: Axes, shares: Sequence[Sequence[float]], labels: Sequence[str], numbers: Sequence[Sequence[str]]
+) -> None:
+    """Draw shares of rows (0 to 1) of label by label, with names and numbers where they fit."""
+    axes.imshow(shares, cmap="GnBu", vmin=0, vmax=1)
     if len(labels) <= NAMED_LABELS:
-        places = range(len(labels))
-        short = [label if len(label) <= 18 else label[:17] + "…" for label in labels]
-        axes.set_xticks(places, short, rotation=45 if len(labels) > 4 else 0)
-        axes.set_yticks(places, short)
+        places, names = range(len(labels)), [tick(label) for label in labels]
+        axes.set_xticks(places, names, rotation=45 if len(labels) > 4 else 0)
+        axes.set_yticks(places, names)
         for i in places:
             for j in places:
                 colour = "white" if shares[i][j] > 0.6 else "#132325"
-                axes.text(j, i, f"{counts[i][j]:,}", ha="center", va="center", color=colour)
+                axes.text(j, i, numbers[i][j], ha="center", va="center", color=colour)
+
+
+def tick(label: str) -> str:
+    """Return a label that fits beside a picture, whatever is in it: a dollar sign would begin a formula."""
+    cut = label if len(label) <= TICK_CHARACTERS else f"{label[: TICK_CHARACTERS - 1]}…"
+    return re.sub(r"[^\w\s.,:;!?'\"()&/+*#@%$…-]", "·", cut).replace("$", r"\$")
 
 
 def _draw_calibration(axes: Axes, evaluation: Evaluation, label: str) -> None:

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import datetime
 import platform
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import jinja2
 
 import millpond
 from millpond.learn.evaluate import wilson
+from millpond.learn.page import render
 from millpond.learn.pictures import calibration_figure, confusion_figure, length_figure, svg, training_figure
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from millpond.learn.progress import Epoch
     from millpond.learn.run import Run
 
-TEMPLATES = Path(__file__).parent / "templates"
-LOOK = Path(millpond.__file__).parent / "web/static/millpond.css"
 SHOWN_CLASSES = 50
 SHOWN_EPOCHS = 30
 LIBRARIES = ("torch", "tokenizers", "numpy", "onnxruntime")
@@ -34,15 +31,7 @@ ENDINGS = {
 
 def write_report(run: Run, to: Path) -> None:
     """Write the report of a run that is finished."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": lambda share: f"{share:.2%}", "thousands": lambda count: f"{count:,}"}
-    to.write_text(environment.get_template("report.html").render(_facts(run)), encoding="utf-8")
+    render("report.html", to, **_facts(run))
 
 
 def _facts(run: Run) -> dict[str, Any]:
@@ -59,7 +48,6 @@ def _facts(run: Run) -> dict[str, Any]:
         figures["training"] = svg(training_figure(epochs, training.best))
     best = next((epoch for epoch in epochs if epoch.epoch == training.best), None)
     return {
-        "look": LOOK.read_text(encoding="utf-8"),
         "name": run.name,
         "architecture": run.recipe.model.architecture,
         "dataset": dataset,
@@ -86,7 +74,6 @@ def _facts(run: Run) -> dict[str, Any]:
             for path in sorted(run.directory.rglob("*"))
             if path.is_file() and path.suffix != ".html" and "checkpoints" not in path.parts
         ],
-        "written": f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
     }
 
 
@@ -119,7 +106,10 @@ def _lineage(run: Run) -> list[tuple[str, str]]:
     return [
         ("data", f"{run.dataset.name}, from {run.dataset.source}"),
         ("data digest", run.dataset.digest),
-        ("rows", f"{run.trained.train_rows:,} learned from, {run.dataset.bad_rows.count:,} bad rows not used"),
+        (
+            "rows",
+            f"{run.trained.train_rows:,} learned from; bad and not used: {run.dataset.bad_rows.count:,}",
+        ),
         ("seed", str(run.recipe.seed)),
         ("trained by", run.trained.training.trained_by),
         ("device", f"{run.trained.device}{workers} ({platform.machine()}, {platform.system()})"),

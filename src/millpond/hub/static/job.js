@@ -13,8 +13,8 @@ function bySource(job) {
   const sources = Object.entries(job.result?.by_source || {});
   if (sources.length < 2) return {};
   return Object.fromEntries(sources.map(([name, counted]) => {
-    const before = job.champion ? `, champion ${accuracy(counted, "champion")}` : "";
-    return [`· ${name}`, `${accuracy(counted, "candidate")}${before} (${count(counted.rows)} rows)`];
+    const beside = [job.champion && `champion ${accuracy(counted, "champion")}`, `${count(counted.rows)} rows`];
+    return [`· ${name}`, [accuracy(counted, "candidate"), beside.map((line) => line && h("div", { class: "small muted" }, line))]];
   }));
 }
 
