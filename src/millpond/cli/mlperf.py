@@ -10,6 +10,18 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from millpond.cli.training_options import (
+    AsJson,
+    BatchSize,
+    Compile,
+    CorpusName,
+    LearningRate,
+    ModelOptions,
+    Precision,
+    absolute,
+    model_options,
+)
+from millpond.cli.training_output import Bar
 from millpond.settings import LearnSettings, load
 
 if TYPE_CHECKING:
@@ -26,19 +38,14 @@ def mlperf(
     model: Annotated[
         list[str] | None, typer.Option(help="Of the open division; repeatable. Default: ngram, seqcnn and lstm.")
     ] = None,
-    option: Annotated[list[str] | None, typer.Option(help="An option of the model, name=value; repeatable.")] = None,
+    option: ModelOptions = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs after which a run gives up.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Texts a step.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Step size of Adam, at its highest.")] = None,
-    precision: Annotated[str | None, typer.Option(help="float32 (default), bfloat16 or float16.")] = None,
-    compile_: Annotated[
-        bool | None,
-        typer.Option(
-            "--compile/--no-compile", help="Send the step through torch.compile; default: on a pool's GPU only."
-        ),
-    ] = None,
-    corpus: Annotated[str, typer.Option("--corpus", help="A named corpus; see `millpond learn data`.")] = "imdb",
-    file: Annotated[Path | None, typer.Option("--file", help="A file in its place; open division only.")] = None,
+    batch_size: BatchSize = None,
+    learning_rate: LearningRate = None,
+    precision: Precision = None,
+    compile_: Compile = None,
+    corpus: CorpusName = "imdb",
+    file: Annotated[str | None, typer.Option("--file", help="A file in its place; open division only.")] = None,
     device: Annotated[str, typer.Option(help="Of the local runs: auto, cpu, cuda …")] = "auto",
     pool: Annotated[
         bool, typer.Option("--pool", help="Make each run once more under a lease of the pool, and give the ratio.")
@@ -48,12 +55,11 @@ def mlperf(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Directory of the runs; default: mlperf/ under the home.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the runs in --out.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Machine output: the record.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure the time to 90.6 % of IMDB's test split, over several seeds, as MLPerf Training's rules have it."""
     import datetime
 
-    from millpond.cli.learn import _option
     from millpond.learn.mlperf import plan
     from millpond.learn.recipes import load_data
     from millpond.learn.submission import SubmissionError, make_runs, open_submission
@@ -70,9 +76,9 @@ def mlperf(
     }
     planned = plan(
         division,
-        {"file": str(file.expanduser().resolve())} if file else {"corpus": corpus},
+        {"file": absolute(file)} if file else {"corpus": corpus},
         models=model or [],
-        options=dict(map(_option, option or [])),
+        options=model_options(option),
         training=training,
         device=device,
         rehearsal=rehearse,
@@ -103,10 +109,9 @@ def mlperf_run(
     place: Annotated[Literal["local", "pool"], typer.Option(help="Where this process runs.")] = "local",
 ) -> None:
     """Make one run of a submission, in this process."""
-    from millpond.cli.learn import _Bar
     from millpond.learn.submission import make_run
 
-    with _Bar() as report:
+    with Bar() as report:
         make_run(directory, model, seed, place, load(LearnSettings), report)
 
 

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from millpond.cli.learn import (
+from millpond.cli.training_options import (
     AsJson,
     CorpusName,
     Database,
@@ -23,20 +23,18 @@ from millpond.cli.learn import (
     Device,
     DropLeaks,
     LabelColumn,
+    ModelName,
     Query,
     RecipeFile,
     SplitColumn,
     TestFile,
     TextColumn,
-    _Bar,
-    _console,
-    _data_changes,
-    _option,
-    _settings,
-    _show_bad_rows,
-    _show_evaluation,
-    app,
+    TrainRows,
+    data_changes,
+    model_options,
 )
+from millpond.cli.training_output import Bar, console, show_bad_rows, show_evaluation
+from millpond.settings import LearnSettings, RegistrySettings, load
 
 if TYPE_CHECKING:
     from millpond.learn.tune.outcome import Outcome
@@ -50,7 +48,6 @@ TRIALS = 30
 """What is searched where no budget is given."""
 
 
-@app.command()
 def tune(
     recipe_file: RecipeFile = None,
     corpus: CorpusName = None,
@@ -62,13 +59,13 @@ def tune(
     query: Query = None,
     database: Database = None,
     drop_leaks: DropLeaks = False,
-    model: Annotated[str | None, typer.Option(help="ngram (default), seqcnn, lstm or encoder.")] = None,
+    model: ModelName = None,
     option: Annotated[
         list[str] | None, typer.Option(help="An option of the model that is not varied, name=value; repeatable.")
     ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="The most epochs of a trial.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of splits, order, first weights and the search.")] = None,
-    train_rows: Annotated[int | None, typer.Option(help="Use this many training rows only.")] = None,
+    train_rows: TrainRows = None,
     trials: Annotated[
         int | None, typer.Option(min=1, help=f"Trials to run in all; without it and --minutes: {TRIALS}.")
     ] = None,
@@ -100,8 +97,8 @@ def tune(
     from millpond.learn.tune.tuning import tune as search_and_train
 
     changes = {
-        "data": _data_changes(corpus, file, test_file, text, label, split, query, database, drop_leaks),
-        "model": {"architecture": model, "options": dict(map(_option, option or []))},
+        "data": data_changes(corpus, file, test_file, text, label, split, query, database, drop_leaks),
+        "model": {"architecture": model, "options": model_options(option)},
         "training": {"epochs": epochs},
         "seed": seed,
         "train_rows": train_rows,
@@ -125,15 +122,14 @@ def tune(
 
     def publish(directory: Path) -> PushedModel:
         from millpond.learn.publish import publish
-        from millpond.settings import RegistrySettings, load
 
         return publish(directory, load(RegistrySettings), name=name, tags=["candidate"])
 
-    bar = _Bar()
+    bar = Bar()
     with bar as report, _Search(trials, minutes, bar) as shown:
         done = search_and_train(
             recipe,
-            _settings(),
+            load(LearnSettings),
             budget=budget,
             device=device,
             name=name,
@@ -179,9 +175,9 @@ def _concurrent(given: int | None, cpus: float, gpus: float) -> int:
 class _Search:
     """Shows a search on stderr: on a terminal as a table that lives, elsewhere as a line for each epoch and end."""
 
-    def __init__(self, trials: int | None, minutes: float | None, bar: _Bar) -> None:
+    def __init__(self, trials: int | None, minutes: float | None, bar: Bar) -> None:
         self._trials, self._minutes, self._bar = trials, minutes, bar
-        self._console = _console(stderr=True)
+        self._console = console(stderr=True)
         self._live: Live | None = None
         self._record: Record | None = None
 
@@ -266,33 +262,33 @@ def _trials_table(trials: list[Trial], outcome: Outcome) -> Table:
 
 
 def _show_tuning(done: Tuning) -> None:
-    console = _console()
-    if not console.is_terminal:  # a file or a pipe has no edge
-        console.width = 200
+    to = console()
+    if not to.is_terminal:  # a file or a pipe has no edge
+        to.width = 200
     outcome = done.outcome
     if not outcome.trials:
         return
-    console.print(_trials_table(outcome.ranked[:SHOWN_BEST], outcome))
+    to.print(_trials_table(outcome.ranked[:SHOWN_BEST], outcome))
     counts = ", ".join(
         f"{count} {state}" for state in ("finished", "stopped", "expired", "failed") if (count := outcome.count(state))
     )
-    console.print(
+    to.print(
         f"{len(outcome.trials)} trials ({counts}), {outcome.epochs} epochs in {done.spent_s:.0f} s; each learned from "
         f"{done.rows[0]:,} rows and was measured on {done.rows[1]:,}.",
         soft_wrap=True,
     )
     if outcome.importance:
         shares = ", ".join(f"{escape(name)} {share:.0%}" for name, share in outcome.importance.items())
-        console.print(f"What mattered: {shares}.", soft_wrap=True)
+        to.print(f"What mattered: {shares}.", soft_wrap=True)
     if done.winner is not None and outcome.winner is not None and outcome.best is not None:
         rows = f"{done.winner.trained.train_rows:,}"
-        console.print(
+        to.print(
             f"Trial {outcome.winner.number} won; trained on all {rows} rows for "
             f"{len(done.winner.trained.training.epochs)} epochs:"
         )
-        _show_bad_rows(done.winner.dataset)
-        _show_evaluation(done.winner.evaluation, done.winner.dataset)
-        console.print(f"Model: {done.winner.directory}\nRecipe: {done.directory / 'winner.toml'}", soft_wrap=True)
+        show_bad_rows(done.winner.dataset)
+        show_evaluation(done.winner.evaluation, done.winner.dataset)
+        to.print(f"Model: {done.winner.directory}\nRecipe: {done.directory / 'winner.toml'}", soft_wrap=True)
     if done.pushed is not None:
-        console.print(f"Registered: {done.pushed.name} {done.pushed.version}, candidate, {done.pushed.digest}")
-    console.print(f"Page: {done.directory / 'tuning.html'}", soft_wrap=True)
+        to.print(f"Registered: {done.pushed.name} {done.pushed.version}, candidate, {done.pushed.digest}")
+    to.print(f"Page: {done.directory / 'tuning.html'}", soft_wrap=True)

@@ -34,7 +34,7 @@ from millpond.learn.options import TrainingError, TrainOptions
 from millpond.learn.progress import Epoch, Progress
 from millpond.learn.recipes import ModelTable, Recipe, load_data
 from millpond.learn.run import set_threads
-from millpond.learn.sources import is_url
+from millpond.learn.sources import is_url, sources_of
 from millpond.learn.train import DEFAULTS, complete, predict, train
 from millpond.schema import JobProgress
 from millpond.settings import LearnSettings
@@ -343,7 +343,7 @@ def _forget(recipe: Recipe, settings: LearnSettings) -> bool:
     for source in (data.file, data.test_file):
         if source is not None and is_url(source):
             return False
-        files += _files(Path(source)) if source else []
+        files += [file for _, place in sources_of(source) for file in _files(Path(place))] if source else []
     if data.corpus is not None:
         files += _files(corpora.place(data.corpus, settings))
     files += _files(settings.home / "prepared")
