@@ -110,14 +110,6 @@ class SeqCnn(TextModel):
         logits_BC: Tensor = self.linear(self.dropout(torch.cat(pooled, 1)))
         return logits_BC
 
-    def weights(self) -> dict[str, Tensor]:
-        """Return what answers are computed from, on the CPU."""
-        return {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-
-    def load_weights(self, weights: dict[str, Tensor]) -> None:
-        """Take weights that `weights` returned."""
-        self.load_state_dict(weights)
-
     def onnx_nodes(self) -> tuple[list[onnx.NodeProto], dict[str, NDArray[np.generic]]]:
         """Return the nodes that lead from `ids` [texts, longest] to `logits`, and the constants they use."""
         make = onnx.helper.make_node
