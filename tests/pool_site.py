@@ -14,7 +14,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,21 +26,13 @@ from millpond.pool.scheduler import Device
 from millpond.pool.worker import Orders, Report
 from millpond.process import die_with_parent
 from millpond.settings import PoolSettings, load
+from waiting import wait_for
 
 GIB = 2**30
 DEADLINE_S = 20.0
 TOKEN = "the pool's token"
 
 T = TypeVar("T")
-
-
-def wait_for(what: Callable[[], T], deadline_s: float = DEADLINE_S) -> T:
-    """Return the first true value of `what`."""
-    deadline = time.monotonic() + deadline_s
-    while not (value := what()):
-        assert time.monotonic() < deadline, f"not within {deadline_s} s"
-        time.sleep(0.01)
-    return value
 
 
 class BrokerProcess:

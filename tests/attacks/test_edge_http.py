@@ -14,7 +14,8 @@ import httpx
 import psutil
 import pytest
 
-from edge_site import EdgeProcess, Site, StandInHub, wait_for
+from edge_site import EdgeProcess, Site, StandInHub
+from waiting import wait_for
 
 MIB = 1024 * 1024
 JSON = {"Content-Type": "application/json"}
@@ -29,8 +30,8 @@ def edge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EdgeProcess]:
     hub.start()
     edge = EdgeProcess(tmp_path_factory.mktemp("edge"), public_key=site.public_key, hub=hub.url, max_outbox=50)
     with edge.running():
-        wait_for(lambda: edge.serving() == digest, "the model")
-        wait_for(lambda: len(children(edge)) == 3, "all processes")
+        wait_for(lambda: edge.serving() == digest, what="the model")
+        wait_for(lambda: len(children(edge)) == 3, what="all processes")
         yield edge
     hub.stop()
 

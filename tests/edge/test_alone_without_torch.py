@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from edge_site import EdgeProcess, Site, StandInHub, wait_for
+from edge_site import EdgeProcess, Site, StandInHub
+from waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ("src", "pyproject.toml", "README.md", "LICENSE")
@@ -52,13 +53,13 @@ def test_edge_installed_alone_serves_a_model_it_pulled_and_has_no_torch(python, 
     edge = EdgeProcess(tmp_path / "edge", public_key=site.public_key, hub=hub.url, python=str(python))
     try:
         with edge.running():
-            wait_for(lambda: edge.serving() == digest, "the edge to serve the model")
+            wait_for(lambda: edge.serving() == digest, what="the edge to serve the model")
             prediction = edge.post("/v1/predict", {"text": "a good film"}).json()
             assert prediction["label"] == "positive"
             assert prediction["model"]["digest"] == digest
             feedback = edge.post("/v1/feedback", {"id": prediction["id"], "label": "negative"})
             assert feedback.status_code == 202
-            wait_for(lambda: hub.received == [(feedback.json()["id"], "negative")], "the correction to reach the hub")
+            wait_for(lambda: hub.received == [(feedback.json()["id"], "negative")], what="the correction")
             assert "<title>" in edge.http.get(edge.url + "/", headers={"Accept": "text/html"}).text
             assert edge.http.get(edge.url + "/web/millpond.css").status_code == 200
             assert json.loads(edge.cli("status", "--json").stdout)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from edge_site import EdgeProcess, Site, StandInHub, wait_for
+from edge_site import EdgeProcess, Site, StandInHub
+from waiting import wait_for
 
 pytestmark = pytest.mark.browser
 
@@ -31,7 +32,7 @@ def browser() -> Iterator[Browser]:
 def edge(make_edge: Callable[..., EdgeProcess], site: Site, hub: StandInHub) -> EdgeProcess:
     digest = site.publish("v1")
     edge = make_edge(name="lakeside")
-    wait_for(lambda: edge.serving() == digest, "v1")
+    wait_for(lambda: edge.serving() == digest, what="v1")
     return edge
 
 
@@ -113,7 +114,7 @@ def test_all_of_it_works_by_keyboard(edge: EdgeProcess, open_page: Callable[...,
     page.locator("#right").focus()
     page.keyboard.press("r")
     expect(page.locator("#thanks")).to_contain_text("confirmed")
-    wait_for(lambda: len(hub.received) == 2, "both at the hub")
+    wait_for(lambda: len(hub.received) == 2, what="both at the hub")
 
 
 def test_trouble_is_told_on_the_page(

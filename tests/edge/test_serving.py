@@ -17,9 +17,10 @@ import httpx
 import psutil
 import pytest
 
-from edge_site import EdgeProcess, Site, StandInHub, score, wait_for
+from edge_site import EdgeProcess, Site, StandInHub, score
 from millpond.edge.console import NoEdgeHere, print_outbox, read_status, roll_back
 from millpond.settings import EdgeSettings
+from waiting import wait_for
 
 MakeEdge = Callable[..., EdgeProcess]
 
@@ -77,12 +78,12 @@ def test_models_swap_under_load_without_a_failed_or_mixed_answer(
 ) -> None:
     first = site.publish("v1", lean=1.0)
     edge = make_edge()
-    wait_for(lambda: edge.serving() == first, "v1")
+    wait_for(lambda: edge.serving() == first, what="v1")
     with Hammer(edge, site) as hammer:
-        wait_for(lambda: hammer.answers[first] > 20, "traffic on v1")
+        wait_for(lambda: hammer.answers[first] > 20, what="traffic on v1")
         for number in range(2, 6):
             digest = site.publish(f"v{number}", lean=-1.0 if number % 2 == 0 else 1.0)
-            wait_for(lambda digest=digest: hammer.answers[digest] > 20, f"traffic on v{number}")
+            wait_for(lambda digest=digest: hammer.answers[digest] > 20, what=f"traffic on v{number}")
     assert hammer.faults == []
     assert len(hammer.answers) == 5
     assert [ref["version"] for ref in edge.get("/v1/model")["previous"]] == ["v4", "v3"]
@@ -93,11 +94,11 @@ def test_a_refused_model_changes_nothing_for_callers_and_everybody_hears_of_it(
 ) -> None:
     first = site.publish("v1", lean=1.0)
     edge = make_edge()
-    wait_for(lambda: edge.serving() == first, "v1")
+    wait_for(lambda: edge.serving() == first, what="v1")
     with Hammer(edge, site, callers=2) as hammer:
         bad = site.publish("v2", golden_lean=2.0)
-        wait_for(lambda: edge.get("/v1/model")["refused"], "the refusal")
-        wait_for(lambda: hub.reports and hub.reports[-1].refused, "the report")
+        wait_for(lambda: edge.get("/v1/model")["refused"], what="the refusal")
+        wait_for(lambda: hub.reports and hub.reports[-1].refused, what="the report")
     assert hammer.faults == []
     assert set(hammer.answers) == {first}
     assert hub.reports[-1].refused is not None
@@ -111,21 +112,21 @@ def test_it_starts_and_works_without_the_hub_and_delivers_when_the_hub_is_back(
 ) -> None:
     first = site.publish("v1")
     edge = make_edge()
-    wait_for(lambda: edge.serving() == first, "v1")
+    wait_for(lambda: edge.serving() == first, what="v1")
     edge.stop()
     hub.stop()
     edge.start()
     assert edge.serving() == first
     prediction = edge.post("/v1/predict", {"text": "good"}).json()
     accepted = edge.post("/v1/feedback", {"id": prediction["id"], "label": "negative"}).json()["id"]
-    wait_for(lambda: edge.get("/v1/model")["sync"]["errors"], "the trouble to be told")
+    wait_for(lambda: edge.get("/v1/model")["sync"]["errors"], what="the trouble to be told")
     edge.stop()
     edge.start()
     assert edge.get("/v1/model")["sync"]["outbox"] == 1
     hub.start()
-    wait_for(lambda: hub.received, "the delivery")
+    wait_for(lambda: hub.received, what="the delivery")
     assert hub.received == [(accepted, "negative")]
-    wait_for(lambda: edge.get("/v1/model")["sync"]["outbox"] == 0, "the empty outbox")
+    wait_for(lambda: edge.get("/v1/model")["sync"]["outbox"] == 0, what="the empty outbox")
 
 
 def processes(edge: EdgeProcess) -> tuple[list[psutil.Process], psutil.Process]:
@@ -142,7 +143,7 @@ def test_kill_9_of_the_master_leaves_nothing_and_the_same_port_serves_again(
 ) -> None:
     first = site.publish("v1")
     edge = make_edge()
-    wait_for(lambda: edge.serving() == first, "v1")
+    wait_for(lambda: edge.serving() == first, what="v1")
     prediction = edge.post("/v1/predict", {"text": "good"}).json()["id"]
     workers, sync = processes(edge)
     edge.kill()
@@ -156,16 +157,16 @@ def test_kill_9_of_the_master_leaves_nothing_and_the_same_port_serves_again(
 def test_a_killed_worker_and_a_killed_sync_are_started_again(make_edge: MakeEdge, site: Site, hub: StandInHub) -> None:
     first = site.publish("v1")
     edge = make_edge()
-    wait_for(lambda: edge.serving() == first, "v1")
+    wait_for(lambda: edge.serving() == first, what="v1")
     workers, sync = processes(edge)
     workers[0].kill()
     sync.kill()
     second = site.publish("v2", lean=1.0)
-    wait_for(lambda: edge.serving() == second, "v2 through the new sync process")
+    wait_for(lambda: edge.serving() == second, what="v2 through the new sync process")
     accepted = edge.post("/v1/feedback", {"text": "good", "label": "negative"}).json()["id"]
-    wait_for(lambda: hub.received, "the delivery")
+    wait_for(lambda: hub.received, what="the delivery")
     assert hub.received == [(accepted, "negative")]
-    wait_for(lambda: len(processes(edge)[0]) == 2, "both workers")
+    wait_for(lambda: len(processes(edge)[0]) == 2, what="both workers")
 
 
 def test_two_edges_do_not_share_a_home(make_edge: MakeEdge, site: Site) -> None:
@@ -194,12 +195,12 @@ def test_a_damaged_outbox_is_left_alone_and_told(tmp_path: Path, site: Site) -> 
 def test_the_commands_tell_and_change_a_running_edge(make_edge: MakeEdge, site: Site, hub: StandInHub) -> None:
     first = site.publish("v1")
     edge = make_edge()
-    wait_for(lambda: edge.serving() == first, "v1")
+    wait_for(lambda: edge.serving() == first, what="v1")
     second = site.publish("v2", lean=1.0)
-    wait_for(lambda: edge.serving() == second, "v2")
+    wait_for(lambda: edge.serving() == second, what="v2")
     hub.refuse = lambda correction: "a reason"
     edge.post("/v1/feedback", {"text": "good", "label": "negative"})
-    wait_for(lambda: edge.get("/v1/model")["sync"]["set_aside"] == 1, "the refusal")
+    wait_for(lambda: edge.get("/v1/model")["sync"]["set_aside"] == 1, what="the refusal")
 
     status = json.loads(edge.cli("status", "--json").stdout)
     assert (status["running"], status["serving"]["version"], status["set_aside"]) == (True, "v2", 1)
@@ -209,16 +210,16 @@ def test_the_commands_tell_and_change_a_running_edge(make_edge: MakeEdge, site: 
 
     hub.refuse = lambda correction: None
     assert "1 corrections that the hub had refused wait again" in edge.cli("outbox", "--retry").stdout
-    wait_for(lambda: len(hub.received) == 1, "the delivery")
+    wait_for(lambda: len(hub.received) == 1, what="the delivery")
 
     assert "v1" in edge.cli("rollback").stdout
-    wait_for(lambda: edge.serving() == first, "v1 again")
+    wait_for(lambda: edge.serving() == first, what="v1 again")
     assert edge.get("/v1/model")["pinned"] == second
     again = edge.cli("rollback")
     assert again.returncode == 2
     assert "no earlier version" in again.stderr
     third = site.publish("v3", lean=2.0)
-    wait_for(lambda: edge.serving() == third, "v3, which ends the pin")
+    wait_for(lambda: edge.serving() == third, what="v3, which ends the pin")
     edge.stop()
     assert json.loads(edge.cli("status", "--json").stdout)["running"] is False
 
@@ -297,8 +298,8 @@ def test_no_correction_is_lost_or_doubled_and_no_half_model_served_over_many_kil
         stop.set()
         sender.join()
     last = site.store.resolve("sentiment:champion")
-    wait_for(lambda: edge.serving() == last, "the last model", 90)
-    wait_for(lambda: edge.get("/v1/model")["sync"]["outbox"] == 0, "the empty outbox", 90)
+    wait_for(lambda: edge.serving() == last, 90, what="the last model")
+    wait_for(lambda: edge.get("/v1/model")["sync"]["outbox"] == 0, 90, what="the empty outbox")
     assert Counter(hub.received) == Counter(accepted.items())
     assert edge.get("/v1/model")["refused"] is None
     answer = edge.post("/v1/predict", {"text": "the film"}).json()

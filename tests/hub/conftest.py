@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import os
@@ -27,6 +26,7 @@ from millpond.hub.db import migrate
 from millpond.hub.state import Hub
 from millpond.registry import generate_key_pair, sign
 from millpond.settings import HubSettings, RegistrySettings
+from waiting import wait_for
 
 JOB = Path(__file__).with_name("fake_job.py")
 GOOD = {"right": 900, "of": 1000}
@@ -163,13 +163,7 @@ class Served:
 
     def wait(self, is_done: Callable[[], object], timeout_s: float = 30.0) -> None:
         """Wait until `is_done`; a hub that does not answer yet is no error."""
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline:
-            with contextlib.suppress(httpx.TransportError):
-                if is_done():
-                    return
-            time.sleep(0.02)
-        raise AssertionError(f"waited in vain; the hub's log:\n{self.log.read_text()[-3000:]}")
+        wait_for(is_done, timeout_s, what=lambda: self.log.read_text()[-3000:], despite=(httpx.TransportError,))
 
     def _wait_line(self, pattern: bytes) -> str:
         found: list[bytes] = []

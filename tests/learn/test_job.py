@@ -12,7 +12,6 @@ from typing import Any
 
 import msgspec
 import numpy as np
-import psutil
 import pytest
 import torch
 
@@ -22,6 +21,7 @@ from millpond.learn.recipes import DataTable, Recipe
 from millpond.registry import Store, generate_key_pair, parse_config, verify
 from millpond.schema import JobProgress, JobResult
 from millpond.settings import LearnSettings
+from waiting import is_alive, wait_for
 
 from .conftest import make_rows, write_jsonl
 
@@ -229,20 +229,7 @@ def test_a_job_dies_with_the_process_that_started_it(site: Path) -> None:
     parent = subprocess.Popen([sys.executable, "-c", code, *command], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     pid = int(parent.stdout.readline())
-    deadline = time.monotonic() + 60
-    while not (directory / "progress.jsonl").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for((directory / "progress.jsonl").exists, 60)
     parent.kill()
     parent.communicate()
-    while is_running(pid):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def is_running(pid: int) -> bool:
-    """Return whether a process is there and no zombie."""
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+    wait_for(lambda: not is_alive(pid), 60)

@@ -7,12 +7,12 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
+
+from waiting import is_alive, wait_for
 
 PROGRAM = """
 import subprocess, sys, time
@@ -24,20 +24,6 @@ child = subprocess.Popen(["sh", "-c", "setsid sleep 1000 & echo $!; sleep 1000"]
 print(keeper.pid, child.pid, int(child.stdout.readline()), flush=True)
 time.sleep(1000)
 """
-
-
-def wait_until(is_so: Callable[[], bool], within_s: float = 30.0) -> None:
-    deadline = time.monotonic() + within_s
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def ignores(pid: int, number: signal.Signals) -> bool:
@@ -60,12 +46,12 @@ def test_what_a_program_started_ends_with_it(ending: signal.Signals, tmp_path: P
         keeper, child, grandchild = map(int, program.stdout.readline().split())
         try:
             # The keeper is up, and has looked once more after all of them were there: it waits only between its looks.
-            wait_until(lambda: ignores(keeper, signal.SIGTERM))
+            wait_for(lambda: ignores(keeper, signal.SIGTERM))
             looked = psutil.Process(keeper).num_ctx_switches().voluntary
-            wait_until(lambda: psutil.Process(keeper).num_ctx_switches().voluntary >= looked + 3)
+            wait_for(lambda: psutil.Process(keeper).num_ctx_switches().voluntary >= looked + 3)
             program.send_signal(ending)
             program.wait(30)
-            wait_until(lambda: not any(map(is_alive, (keeper, child, grandchild))))
+            wait_for(lambda: not any(map(is_alive, (keeper, child, grandchild))))
             assert not directory.exists()
         finally:
             for pid in (program.pid, child, grandchild):

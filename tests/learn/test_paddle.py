@@ -8,8 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +33,7 @@ from millpond.learn.run import run
 from millpond.learn.train import predict, train
 from millpond.registry import generate_key_pair, sign, verify
 from millpond.settings import LearnSettings
+from waiting import is_alive, wait_for
 
 from .conftest import make_rows, write_jsonl
 
@@ -334,10 +333,11 @@ def test_kill_9_leaves_no_child_and_resume_ends_as_an_unbroken_run(tmp_path: Pat
     without = environ | {"MILLPOND_LEARN_CHECKPOINT_S": "0"}
     subprocess.run([*command, str(whole)], env=without, check=True, capture_output=True, timeout=250)
     with subprocess.Popen([*command, str(killed)], env=environ, stdout=subprocess.DEVNULL) as process:
-        until(lambda: len(list((killed / "checkpoints").glob("0*.safetensors"))) > 1 or process.poll() is not None)
+        kept = (killed / "checkpoints").glob
+        wait_for(lambda: len(list(kept("0*.safetensors"))) > 1 or process.poll() is not None, 200)
         (its_child,) = psutil.Process(process.pid).children()
         process.kill()
-    until(lambda: not its_child.is_running() or its_child.status() == psutil.STATUS_ZOMBIE)
+    wait_for(lambda: not is_alive(its_child.pid), 200)
     assert list((killed / "checkpoints").glob("paddle-*"))  # what it could not delete
     done = subprocess.run(
         [*command, str(killed), "--resume"], env=environ, check=True, capture_output=True, timeout=250
@@ -358,7 +358,7 @@ def test_ctrl_c_in_a_terminal_ends_the_child_too_and_writes_the_model(tmp_path: 
     with log.open("wb") as file:
         process = subprocess.Popen([*command, str(tmp_path / "run")], stdout=file, stderr=file, start_new_session=True)
     try:
-        until(lambda: "epoch 2" in log.read_text() or process.poll() is not None)
+        wait_for(lambda: "epoch 2" in log.read_text() or process.poll() is not None, 200)
         (its_child,) = psutil.Process(process.pid).children()
         os.killpg(process.pid, signal.SIGINT)
         assert process.wait(120) == 0, log.read_text()
@@ -368,13 +368,6 @@ def test_ctrl_c_in_a_terminal_ends_the_child_too_and_writes_the_model(tmp_path: 
     assert not its_child.is_running()
     assert "Interrupted" in log.read_text()
     read_model(tmp_path / "run/model")
-
-
-def until(is_true: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 200
-    while not is_true():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 @pytest.mark.slow

@@ -12,14 +12,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import psutil
 import pytest
 
+from waiting import wait_for
+
 PROGRAM = Path(__file__).with_name("serving_program.py")
 DEADLINE_S = 15.0
+T = TypeVar("T")
 
 
 class Program:
@@ -37,7 +40,7 @@ class Program:
 
     def start(self, port: int = 0, workers: int = 1) -> None:
         self.process = self.launch(port, workers, self.directory)
-        found = wait_for(lambda: re.search(r"millpond edge: listening on (\S+)\n", self.log.read_text()), self.log)
+        found = self.wait_for(lambda: re.search(r"millpond edge: listening on (\S+)\n", self.log.read_text()))
         self.url = found[1]
 
     @property
@@ -49,20 +52,10 @@ class Program:
         return psutil.Process(self.process.pid).children(recursive=True)
 
     def companion(self) -> int:
-        return int(wait_for(lambda: (self.directory / "companion").read_text(), self.log))
+        return int(self.wait_for(lambda: (self.directory / "companion").read_text()))
 
-
-def wait_for(condition: Callable[[], Any], log: Path) -> Any:
-    deadline = time.monotonic() + DEADLINE_S
-    while True:
-        try:
-            if value := condition():
-                return value
-        except (OSError, httpx.HTTPError):
-            pass
-        if time.monotonic() > deadline:
-            raise AssertionError(f"waited for {DEADLINE_S} s; the log:\n{log.read_text()}")
-        time.sleep(0.01)
+    def wait_for(self, condition: Callable[[], T]) -> T:
+        return wait_for(condition, what=self.log.read_text, despite=(OSError, httpx.HTTPError))
 
 
 @pytest.fixture
@@ -94,7 +87,7 @@ def test_sigterm_lets_running_requests_finish(program: Program) -> None:
     answers: list[httpx.Response] = []
     request = threading.Thread(target=lambda: answers.append(httpx.get(f"{program.url}/slow", timeout=10)))
     request.start()
-    wait_for((program.directory / "slow-began").exists, program.log)
+    program.wait_for((program.directory / "slow-began").exists)
     assert program.process is not None
     program.process.terminate()
     request.join()
@@ -128,8 +121,8 @@ def test_a_killed_worker_and_a_killed_companion_are_started_again(program: Progr
     worker, companion = httpx.get(f"{program.url}/pid").json(), program.companion()
     os.kill(worker, signal.SIGKILL)
     os.kill(companion, signal.SIGKILL)
-    assert wait_for(lambda: httpx.get(f"{program.url}/pid").json() != worker, program.log)
-    assert wait_for(lambda: program.companion() != companion, program.log)
+    assert program.wait_for(lambda: httpx.get(f"{program.url}/pid").json() != worker)
+    assert program.wait_for(lambda: program.companion() != companion)
 
 
 def test_a_port_in_use_is_a_clear_error(program: Program) -> None:
