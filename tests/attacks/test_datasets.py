@@ -25,6 +25,7 @@ from millpond.learn.export import read_model
 from millpond.learn.fit import Stopwatch, answer, fit
 from millpond.learn.gather import read_files
 from millpond.learn.options import TrainOptions
+from millpond.learn.prepared import PreparedSets
 from millpond.learn.recipes import DataTable, ModelTable, Recipe, hold_back, read_recipe
 from millpond.learn.run import run
 from millpond.settings import LearnSettings
@@ -303,3 +304,18 @@ def test_any_text_is_a_recipe_or_refused_with_a_message(tmp_path: Path, content:
     path.write_text(content, encoding="utf-8", errors="replace")
     with pytest.raises(MillpondError):
         read_recipe(path)
+
+
+@pytest.mark.parametrize("name", ["\x1b[2J.csv", "line\nbreak.csv", "turned\u202e.csv", "not utf-8 \udcff.csv"])
+def test_a_name_of_a_file_is_kept_in_characters_that_are_seen(tmp_path: Path, name: str) -> None:
+    for number, path in enumerate((tmp_path / name, tmp_path / f"{'x' * 150}.csv")):
+        path.write_text("text,label\n" + "".join(f"{number} {i},{i % 2}\n" for i in range(20)))
+    sets = PreparedSets(tmp_path / "prepared", 10**9)
+    names = read_files("d", tmp_path / "*.csv", sets=sets).train.source_names
+    assert all(name.isprintable() and len(name) <= 100 for name in names)
+    assert len(names) == 2
+
+
+def test_a_pattern_longer_than_any_path_is_refused() -> None:
+    with pytest.raises(DataError, match=r"cannot be read: OSError: .*File name too long"):
+        read_files("d", "*" * 5000)

@@ -153,16 +153,6 @@ def test_sources_are_named_without_hosts_homes_or_passwords(tmp_path: Path) -> N
     assert "s3cret" not in str(raised.value)
 
 
-@pytest.mark.parametrize("name", ["\x1b[2J.csv", "line\nbreak.csv", "turned\u202e.csv", "not utf-8 \udcff.csv"])
-def test_a_name_of_a_file_is_kept_in_characters_that_are_seen(tmp_path: Path, name: str) -> None:
-    for number, path in enumerate((tmp_path / name, tmp_path / f"{'x' * 150}.csv")):
-        path.write_text("text,label\n" + "".join(f"{number} {i},{i % 2}\n" for i in range(20)))
-    sets = PreparedSets(tmp_path / "prepared", 10**9)
-    names = read_files("d", tmp_path / "*.csv", sets=sets).train.source_names
-    assert all(name.isprintable() and len(name) <= 100 for name in names)
-    assert len(names) == 2
-
-
 def test_a_dataset_is_named_after_what_is_sure_in_a_pattern(tmp_path: Path) -> None:
     (tmp_path / "reviews").mkdir()
     for number in range(2):

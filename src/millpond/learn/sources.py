@@ -75,7 +75,9 @@ def sources_of(source: str) -> list[tuple[str, str]]:
     Raises:
         DataError: it is a pattern of no file, or cannot be listed.
     """
-    if not re.search(r"\*" if is_url(source) else r"[*?[]", shown(source)) or Path(source).exists():
+    with _errors(source):
+        is_pattern = re.search(r"\*" if is_url(source) else r"[*?[]", shown(source)) and not Path(source).exists()
+    if not is_pattern:
         whole = shown(source).partition("::")[0] if is_url(source) else Path(source).absolute()
         return [(_nameable(PurePosixPath(whole).name), source)]
     with _errors(source):
