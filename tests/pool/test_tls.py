@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from certificates import Authority, settings
-from millpond.pool import agent, broker, handshake, lease, tls, transport, wire, worker
+from millpond.pool import agent, broker, handshake, lease, sessions, tls, transport, wire
 from millpond.pool.errors import AuthenticationError, ConnectionLost, PoolError, TlsError, WireError
 from millpond.settings import PoolSettings, SettingsError
 from pool.relay import Relay
@@ -481,7 +481,7 @@ def test_callers_of_a_worker_who_never_finish_the_handshake_keep_nobody_out(pool
     started = WorkerProcess(log=tmp_path / "worker.log", files=pool)
     try:
         with contextlib.ExitStack() as held:
-            for _ in range(2 * worker.MAX_GREETING):
+            for _ in range(2 * sessions.MAX_GREETING):
                 held.enter_context(socket.create_connection(("127.0.0.1", started.port), 10))
             connection, _ = transport.connect(
                 "127.0.0.1",

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
-import socket
 import sys
 import threading
 import time
@@ -18,17 +17,16 @@ from typing import BinaryIO
 
 import msgspec
 
-from millpond.pool import confine, tls, transport, wire
-from millpond.pool.errors import ConnectionLost, HandshakeError, WireError
-from millpond.pool.link import Berth, Link
+from millpond.pool import confine, tls, wire
+from millpond.pool.errors import ConnectionLost, WireError
+from millpond.pool.link import Link
+from millpond.pool.sessions import MAX_GREETING, Greeting, Sessions, refuse
 from millpond.process import die_with_parent
 from millpond.settings import PoolSettings, load
 
 REPORT_S = 1.0
 MAX_SESSIONS = 64
 """Sessions of one lease at a time."""
-MAX_GREETING = 64
-"""Callers that have not yet proved who they are; a further one displaces the oldest."""
 WORKSPACE_BYTES = 512 * 1024 * 1024
 """What kernels and Python may take beyond the lease's memory."""
 STACK_BYTES = 8 * 1024 * 1024
@@ -87,9 +85,6 @@ class Worker:
         self.memory = Memory(orders.memory_bytes)
         self.last_work = time.monotonic()
         self._working: set[object] = set()
-        self._greeting: dict[socket.socket, None] = {}
-        self._sessions: dict[bytes, tuple[Link, Berth]] = {}
-        self._lock = threading.Lock()
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             total = torch.cuda.get_device_properties(self.device).total_memory
@@ -99,7 +94,18 @@ class Worker:
             threads = MAX_SESSIONS + MAX_GREETING + 2 * (os.cpu_count() or 1)
             _limit_data(orders.memory_bytes + WORKSPACE_BYTES + threads * STACK_BYTES)
         self.security = tls.listener(orders.tls)
-        self.listener = transport.listen(orders.bind, 0)
+        greeting = Greeting(
+            lease=orders.lease,
+            token=orders.token,
+            torch=self.torch_version,
+            device=_name(orders.device),
+            memory_bytes=orders.memory_bytes,
+            grace_s=orders.grace_s,
+            security=self.security,
+            sends="from-worker",
+            receives="to-worker",
+        )
+        self.sessions = Sessions(greeting, orders.bind, MAX_SESSIONS, self._run)
         self.peers = (
             Peers(orders.peer_token, orders.bind, self.memory, self.torch_version, orders.tls, orders.grace_s)
             if orders.peer_token
@@ -111,86 +117,14 @@ class Worker:
         if self.peers is not None:
             self.peers.arrivals.expire()
         return Report(
-            self.listener.getsockname()[1],
+            self.sessions.port,
             self.torch_version,
             self.memory.used_bytes,
-            len(self._sessions),
+            len(self.sessions),
             0.0 if self._working else time.monotonic() - self.last_work,
             self.peers.port if self.peers is not None else 0,
             self.security.channel if self.security is not None else b"",
         )
-
-    def serve(self) -> None:
-        """Accept sessions for ever."""
-        while True:
-            sock, _ = self.listener.accept()
-            with self._lock:
-                while len(self._greeting) >= MAX_GREETING:
-                    oldest = next(iter(self._greeting))
-                    del self._greeting[oldest]
-                    _hang_up(oldest)
-                self._greeting[sock] = None
-            threading.Thread(target=self._attend, args=(sock,), name="session", daemon=True).start()
-
-    def _attend(self, sock: socket.socket) -> None:
-        try:
-            connection, _ = transport.accept(
-                sock,
-                self.orders.token,
-                self.torch_version,
-                sends="from-worker",
-                receives="to-worker",
-                device=_name(self.orders.device),
-                memory_bytes=self.orders.memory_bytes,
-                grace_s=self.orders.grace_s,
-                security=self.security,
-            )
-            attach, _ = connection.receive(transport.GREETING_S)
-        except (ConnectionLost, WireError, HandshakeError, TimeoutError, OSError) as error:
-            print(f"worker {self.orders.lease}: refused a caller: {error}", file=sys.stderr)  # noqa: T201
-            return
-        finally:
-            with self._lock:
-                self._greeting.pop(sock, None)
-        if not isinstance(attach, wire.Attach):
-            _refuse(connection, "malformed", "the first message must attach to a session")
-        elif attach.resumes:
-            self._resume(connection, attach)
-        else:
-            self._begin(connection, attach.session)
-
-    def _resume(self, connection: transport.Connection, attach: wire.Attach) -> None:
-        """Hand a connection to the session that it belongs to."""
-        known = self._sessions.get(attach.session)
-        if known is None:
-            _refuse(connection, "lease", "its session has ended at the worker: it was away for too long")
-            return
-        link, berth = known
-        link.close()  # before the new one is handed over, which must not be the one to be closed
-        berth.come_back(connection, attach.received)
-
-    def _begin(self, connection: transport.Connection, name: bytes) -> None:
-        """Run a session until its client ends it, or is gone for good."""
-        berth = Berth(self.orders.grace_s)
-        link = Link(connection, berth)
-        with self._lock:
-            known = name in self._sessions
-            full = sum(not berth.is_waiting for _, berth in self._sessions.values()) >= MAX_SESSIONS
-            if not full and len(self._sessions) >= MAX_SESSIONS:  # who came goes before who may come back
-                next(berth for _, berth in self._sessions.values() if berth.is_waiting).give_up()
-            if not known and not full:
-                self._sessions[name] = (link, berth)
-        if known:
-            _refuse(connection, "malformed", "this session has begun already")
-        elif full:
-            _refuse(connection, "busy", f"this lease has {MAX_SESSIONS} sessions already; end some")
-        else:
-            try:
-                self._run(link)
-            finally:
-                link.close()
-                with self._lock:
-                    del self._sessions[name]
 
     def _run(self, link: Link) -> None:
         import torch
@@ -216,7 +150,7 @@ class Worker:
         except (WireError, MemoryError) as error:
             why = str(error)[:1000] or "no memory is left for a message"
             print(f"worker {self.orders.lease}: dropped a session: {why}", file=sys.stderr)  # noqa: T201
-            _refuse(link.connection, "malformed", why)
+            refuse(link.connection, "malformed", why)
         finally:
             executor.close()
             self._working.discard(executor)
@@ -236,7 +170,7 @@ def main() -> None:
     threading.Thread(target=_follow_stdin, args=(worker,), name="stdin", daemon=True).start()
     if worker.peers is not None:
         threading.Thread(target=worker.peers.serve, name="peers", daemon=True).start()
-    worker.serve()
+    worker.sessions.serve()
 
 
 def _confine(orders: Orders) -> None:
@@ -287,17 +221,6 @@ def _name(device: str) -> str:
     import torch
 
     return torch.cuda.get_device_name(torch.device(device))[:100]
-
-
-def _refuse(connection: transport.Connection, code: wire.RefusalCode, message: str) -> None:
-    with contextlib.suppress(ConnectionLost):
-        connection.send(wire.Refused(code, message))
-    connection.close()
-
-
-def _hang_up(sock: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        sock.shutdown(socket.SHUT_RDWR)
 
 
 if __name__ == "__main__":
