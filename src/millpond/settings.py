@@ -68,6 +68,14 @@ class PoolSettings:
     memory: str = _setting("Memory offered by a CPU device, such as 8GiB; empty: half of the host's.", default="")
     heartbeat_s: float = _setting("Seconds between a client's heartbeats.", default=2.0)
     grace_s: float = _setting("Seconds that a lease, with all it has on its workers, outlives silence.", default=30.0)
+    ray_address: str = _setting(
+        "Job server of the Ray on this host, such as http://127.0.0.1:8265; empty: this host runs no jobs.", default=""
+    )
+    ray_token: str = _setting("Token that this Ray asks for (its RAY_AUTH_TOKEN).", default="", secret=True)
+    paddle_python: Path | None = _setting(
+        "Python of an environment with Paddle, for jobs; default: the one that runs Millpond.", default=None
+    )
+    job_bytes: int = _setting("Bytes that the files of one job may take on this host.", default=20 * 1024**3)
     idle_limit_s: float = _setting("Seconds without any op after which a lease expires; 0: never.", default=0.0)
     confine: bool = _setting(
         "Whether this host's workers are kept from its files, programs and processes (Landlock): yes or no.",

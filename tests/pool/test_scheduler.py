@@ -289,3 +289,19 @@ def test_a_lost_host_lends_no_more_and_its_leases_end_with_their_workers():
     scheduler.host_lost(4, "other")
     scheduler.workers_gone(4, "a")
     assert scheduler.leases["c"].reason == "a host has left the pool, and too few devices remain"
+
+
+def test_a_job_has_one_device_and_that_of_a_host_that_runs_jobs():
+    scheduler = pool(8, 8)
+    with pytest.raises(LeaseError, match=r"No host of this pool runs jobs.*MILLPOND_POOL_RAY_ADDRESS"):
+        scheduler.request(0, "a", "ann", job=True)
+    scheduler.host_joined(1, [Device(2, "GPU 2", "cuda:0", 4 * GIB, "gpu-2", jobs=True)])
+    with pytest.raises(LeaseError, match="A job runs on one device"):
+        scheduler.request(2, "a", "ann", 2, job=True)
+    with pytest.raises(LeaseError, match=r"never lend 1 device\(s\) with 5 GiB each for a job"):
+        scheduler.request(2, "a", "ann", part_bytes=5 * GIB, job=True)
+    assert started(scheduler.request(3, "a", "ann", job=True)) == ["a"]
+    assert [device.index for device in scheduler.leases["a"].devices] == [2]
+    assert not started(scheduler.request(4, "b", "bob", job=True, wait_s=9))
+    scheduler.end(5, "a", "released", "")
+    assert started(scheduler.workers_gone(5, "a")) == ["b"]

@@ -18,6 +18,8 @@ MESSAGES = {
         wire.FromBroker,
         wire.ToWorker,
         wire.FromWorker,
+        wire.ToJob,
+        wire.FromJob,
         wire.FromPeer,
         wire.ToPeer,
         wire.ToHost,

@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 
-from millpond.pool import lease, link, tls, transport, wire
+from millpond.pool import lease, link, ray_jobs, tls, transport, wire
 from millpond.pool.errors import ConnectionLost, LeaseError, PeerSilent, WireError
 from millpond.pool.host import WORKER_COMMAND, OwnHost
 from millpond.pool.monitor import find_devices
@@ -136,6 +136,7 @@ class Agent:
         self.name = name
         self.devices = devices
         self.files = tls.Files.of(settings)
+        self.jobs = ray_jobs.Site.of(settings)
         self._worker_command = worker_command
         self._stop = asyncio.Event()
         self._part = self._new_part()
@@ -174,7 +175,7 @@ class Agent:
             await self._part.end()
 
     def _new_part(self) -> _Part:
-        own = OwnHost(self.name, "", self._worker_command, self.files)
+        own = OwnHost(self.name, "", self._worker_command, self.files, self.jobs)
         return _Part(own, secrets.token_bytes(16))
 
     def _may_come_back(self, error: Exception) -> bool:
@@ -190,7 +191,8 @@ class Agent:
     async def _take_part(self, connection: transport.Connection) -> None:
         """Run workers while the connection stands."""
         offered = [wire.HostDevice(device.name, device.torch_name, device.memory_bytes) for device in self.devices]
-        connection.send(wire.Join(self.name, offered, self._part.session, self._part.joined))
+        runs_jobs = self.jobs is not None
+        connection.send(wire.Join(self.name, offered, self._part.session, self._part.joined, runs_jobs))
         next_beat = 0.0
         heard = time.monotonic()
         try:
@@ -219,6 +221,8 @@ class Agent:
         elif isinstance(message, wire.StartWorker):
             if message.device not in {device.torch_name for device in self.devices} or message.worker in part.wanted:
                 raise WireError(f"the broker wants a worker on {message.device!r}, which this host does not offer")
+            if message.job and self.jobs is None:
+                raise WireError("the broker wants a job, which this host does not run: MILLPOND_POOL_RAY_ADDRESS")
             part.start_worker(message)
         elif isinstance(message, wire.EndWorker):
             part.end_worker(message.worker)

@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
 from millpond import __version__
-from millpond.pool import handshake, lease, tls, transport, wire
+from millpond.pool import handshake, lease, ray_jobs, tls, transport, wire
 from millpond.pool.errors import HandshakeError, LeaseError, WireError
 from millpond.pool.host import WORKER_COMMAND, Host, OwnHost
 from millpond.pool.joined import JoinedHost
@@ -118,9 +118,10 @@ class Broker:
         self.records = records
         files = tls.Files.of(settings)
         self.security = tls.listener(files)
-        own = OwnHost(socket.gethostname()[:64], settings.bind, worker_command, files)
+        own = OwnHost(socket.gethostname()[:64], settings.bind, worker_command, files, ray_jobs.Site.of(settings))
         self.hosts: dict[str, Host] = {own.name: own} if devices else {}
-        devices = [dataclasses.replace(device, host=own.name) for device in devices]
+        runs_jobs = own.jobs is not None
+        devices = [dataclasses.replace(device, host=own.name, jobs=runs_jobs) for device in devices]
         self._indices = {(own.name, place): device.index for place, device in enumerate(devices)}
         """Numbers of the devices of all hosts that were ever here: one that comes back has the same again."""
         self._numbers = itertools.count()
@@ -270,7 +271,13 @@ class Broker:
         lease_id = f"lease-{secrets.token_hex(4)}"
         try:
             decisions = self.scheduler.request(
-                self.now(), lease_id, wanted.owner, wanted.devices, wanted.memory_bytes, wanted.wait_s
+                self.now(),
+                lease_id,
+                wanted.owner,
+                wanted.devices,
+                wanted.memory_bytes,
+                wanted.wait_s,
+                job=wanted.job,
             )
         except LeaseError as error:
             client.send(wire.Refused("lease", str(error)))
@@ -358,6 +365,7 @@ class Broker:
                 device.torch_name,
                 device.memory_bytes,
                 join.name,
+                join.jobs,
             )
             for place, device in enumerate(join.devices)
         ]
@@ -370,7 +378,12 @@ class Broker:
             self.torch,
             [
                 wire.DeviceStatus(
-                    device.index, device.name, device.memory_bytes, scheduler.free_bytes(device), device.host
+                    device.index,
+                    device.name,
+                    device.memory_bytes,
+                    scheduler.free_bytes(device),
+                    device.host,
+                    device.jobs,
                 )
                 for device in scheduler.devices
             ],
@@ -500,6 +513,7 @@ class Broker:
             peer_token,
             self.settings.grace_s,
             asks_certificate=self.security is not None and self.security.asks,
+            job=known.job,
         )
         try:
             why = await worker.host.run_worker(start, reported) if known.is_live else "was not needed"

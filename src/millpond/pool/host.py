@@ -16,7 +16,7 @@ from typing import Protocol
 
 import msgspec
 
-from millpond.pool import confine, tls, wire
+from millpond.pool import confine, ray_jobs, tls, wire
 from millpond.pool.worker import Introduction, Orders, Report
 from millpond.pool.worker_log import WorkerLog
 
@@ -24,6 +24,8 @@ START_S = 120.0
 """How long a worker may take to start: it loads torch, and makes a context on its device."""
 SILENT_WORKER_S = 60.0
 """A worker reports every second; one that has not for so long is taken for dead."""
+EXIT_S = 2.0
+"""How long a worker that reports no more may take to end by itself."""
 MAX_REPORT_BYTES = 4096
 WORKER_COMMAND = (sys.executable, "-m", "millpond.pool.worker")
 OnReport = Callable[[wire.WorkerReport], None]
@@ -69,16 +71,43 @@ class OwnHost:
 
     address = ""
 
-    def __init__(self, name: str, bind: str, command: Sequence[str], files: tls.Files) -> None:
+    def __init__(
+        self,
+        name: str,
+        bind: str,
+        command: Sequence[str],
+        files: tls.Files,
+        jobs: ray_jobs.Site | None = None,
+    ) -> None:
         self.name = name
         self.bind = bind
         self.files = files
+        self.jobs = jobs
+        """What it has for jobs; None: it runs none."""
         self._command = command
         self._running: dict[int, _Running] = {}
 
     async def run_worker(self, start: wire.StartWorker, on_report: OnReport) -> str:
-        """Run a worker to its end; return why it ended."""
+        """Run a worker to its end, and that of its job; return why it ended."""
         running = self._running[start.worker] = _Running()
+        try:
+            if not start.job:
+                return await self._run(running, start, on_report)
+            if self.jobs is None:
+                return "cannot run jobs: MILLPOND_POOL_RAY_ADDRESS is not set on its host"
+            with self.jobs.place() as job:
+                try:
+                    return await self._run(running, start, on_report, job)
+                finally:
+                    await asyncio.to_thread(ray_jobs.RayJobs(self.jobs).end, ray_jobs.name_of(start.lease))
+        except OSError as error:
+            return f"could not be started: {error}"
+        finally:
+            del self._running[start.worker]
+
+    async def _run(
+        self, running: _Running, start: wire.StartWorker, on_report: OnReport, job: ray_jobs.Site | None = None
+    ) -> str:
         try:
             running.process = process = await asyncio.create_subprocess_exec(
                 *self._command,
@@ -91,17 +120,19 @@ class OwnHost:
             )
             log = WorkerLog(start.lease)
             copying = asyncio.create_task(_copy_errors(process, log))
-            fault = "" if running.unwanted else await self._follow(start, process, on_report)
+            fault = "" if running.unwanted else await self._follow(start, process, on_report, job)
+            if (
+                not fault and not running.unwanted
+            ):  # it says nothing more, so it is about to end, and why shows in its own exit code
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(process.wait(), EXIT_S)
             running.kill()
             code = await process.wait()
             await asyncio.wait([copying], timeout=1.0)
             copying.cancel()
             return fault or _ending(code, log)
-        except OSError as error:
-            return f"could not be started: {error}"
         finally:
             running.kill()
-            del self._running[start.worker]
 
     def introduce(self, introduce: wire.Introduce) -> None:
         """Tell a worker who its peers are, once: a broker that cannot know whether it was heard says it again."""
@@ -118,7 +149,13 @@ class OwnHost:
         if number in self._running:
             self._running[number].kill()
 
-    async def _follow(self, start: wire.StartWorker, process: asyncio.subprocess.Process, on_report: OnReport) -> str:
+    async def _follow(
+        self,
+        start: wire.StartWorker,
+        process: asyncio.subprocess.Process,
+        on_report: OnReport,
+        job: ray_jobs.Site | None,
+    ) -> str:
         """Give a worker its orders and take in its reports; returns what is wrong with it if it is still there."""
         assert process.stdin is not None
         assert process.stdout is not None
@@ -132,6 +169,7 @@ class OwnHost:
             start.grace_s,
             start.peer_token,
             self.files.for_workers(start.asks_certificate),
+            job,
         )
         process.stdin.write(msgspec.json.encode(orders) + b"\n")
         limit_s = START_S

@@ -113,9 +113,12 @@ class Lease:
         devices: int = 1,
         memory_bytes: int = 0,
         wait_s: float = 0.0,
+        job: bool = False,
         on_wait: Callable[[wire.Waiting], None] = lambda waiting: None,
     ) -> Lease:
         """Take a lease on whole devices, or (`memory_bytes` > 0) on a part of each; `on_wait` is told why it waits.
+
+        With `job` it is for a job (`millpond.pool.job`), else for torch.
 
         Raises:
             LeaseError: it cannot be had at all, or not within `wait_s`.
@@ -124,7 +127,7 @@ class Lease:
         check_heartbeat(settings)
         connection = connect(settings, owner)
         try:
-            connection.send(wire.Acquire(owner, devices, memory_bytes, wait_s))
+            connection.send(wire.Acquire(owner, devices, memory_bytes, wait_s, job))
             heard = time.monotonic()
             while True:
                 try:

@@ -37,6 +37,8 @@ class Device:
     memory_bytes: int
     host: str = ""
     """Name of the machine that it is in."""
+    jobs: bool = False
+    """Whether that machine runs jobs."""
 
 
 @dataclass(kw_only=True)
@@ -58,6 +60,8 @@ class Lease:
     state: State = "pending"
     reason: str = ""
     devices: tuple[Device, ...] = ()
+    job: bool = False
+    """Whether it is for a job, which runs on one device of a host that runs jobs."""
 
     @property
     def is_live(self) -> bool:
@@ -132,22 +136,35 @@ class Scheduler:
         return self._place(now)
 
     def request(
-        self, now: float, lease_id: str, owner: str, count: int = 1, part_bytes: int = 0, wait_s: float = 0.0
+        self,
+        now: float,
+        lease_id: str,
+        owner: str,
+        count: int = 1,
+        part_bytes: int = 0,
+        wait_s: float = 0.0,
+        *,
+        job: bool = False,
     ) -> list[Decision]:
-        """Ask for `count` devices, whole or `part_bytes` of each, to be had within `wait_s`.
+        """Ask for `count` devices, whole or `part_bytes` of each, to be had within `wait_s`; for a `job`, or for torch.
 
         Raises:
             LeaseError: this pool can never give it, or too many wait already.
         """
         if not self.devices:
             raise LeaseError("This pool has no devices now: no host has joined it, or all have left. Try again later.")
-        if part_bytes:
-            fitting = [device for device in self.devices if device.memory_bytes >= part_bytes]
-        else:
-            fitting = list(self.devices)
+        if job and count > 1:
+            raise LeaseError("A job runs on one device. Ask for one.")
+        if job and not any(device.jobs for device in self.devices):
+            raise LeaseError(
+                "No host of this pool runs jobs. On a GPU host start Ray, and set MILLPOND_POOL_RAY_ADDRESS for "
+                "millpond pool serve or join there."
+            )
+        fitting = [device for device in self.devices if device.memory_bytes >= part_bytes and (device.jobs or not job)]
         if len(fitting) < count:
             offered = ", ".join(f"{device.index}: {gib(device.memory_bytes)}" for device in self.devices)
             asked = f"{count} device(s)" + (f" with {gib(part_bytes)} each" if part_bytes else "")
+            asked += " for a job" if job else ""
             raise LeaseError(f"This pool can never lend {asked}: its devices are {offered}. Ask for less.")
         if sum(lease.state == "pending" for lease in self.leases.values()) >= MAX_PENDING:
             raise LeaseError(f"{MAX_PENDING} leases wait already. Try again later.")
@@ -161,6 +178,7 @@ class Scheduler:
             wait_s=wait_s,
             heard=now,
             worked=now,
+            job=job,
         )
         self.leases[lease_id] = lease
         decisions = self._place(now)
@@ -259,6 +277,7 @@ class Scheduler:
             device
             for device in self.devices
             if device.host not in self._away
+            and (device.jobs or not lease.job)
             and self.free_bytes(device) >= lease.bytes_on(device)
             and len(self._on(device)) < MAX_PARTS
         ]

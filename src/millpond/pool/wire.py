@@ -1,8 +1,8 @@
 """The wire: closed, typed messages, their limits, and the frame they travel in. Pure: bytes in, messages out.
 
 A frame is `!IQ` (length of the header, length of the payload), the header (one message, MessagePack), and the
-payload (raw tensor bytes; only `Batch` with a `Write`, `Data` and `Deliver` have one). Whatever does not decode to
-one of these messages raises `WireError`; a receiver then drops the connection. Never pickle, code or an import.
+payload (raw bytes, with the few messages that say so). Whatever does not decode to one of these messages raises
+`WireError`; a receiver then drops the connection. Never pickle, code or an import.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from msgspec import Meta
 
 from millpond.pool.errors import WireError
 
-PROTOCOL = 3
+PROTOCOL = 4
 """Rises when a message changes in a way that an older peer cannot read; both ends must have the same."""
 
 MAX_HEADER_BYTES = 8 * 1024 * 1024
@@ -424,6 +424,69 @@ class Withhold(msgspec.Struct, frozen=True, tag="withhold"):
     message: Text
 
 
+# --- client ↔ worker of a job, in a session as above ---------------------------------------------------------------
+
+JobInput = Literal[
+    "job.json",
+    "weights.safetensors",
+    "checkpoint.safetensors",
+    "train-ids.npy",
+    "train-starts.npy",
+    "train-labels.npy",
+    "validation-ids.npy",
+    "validation-starts.npy",
+    "validation-labels.npy",
+]
+"""The files that a job may be given. There are no others, so nobody names a path."""
+JobOutput = Literal["trained.safetensors", "checkpoint.safetensors"]
+"""The files that come of a job."""
+
+
+class WriteFile(msgspec.Struct, frozen=True, tag="write-file"):
+    """Client → worker, before the job starts: the next part of a file, from `offset`, is this frame's payload."""
+
+    file: JobInput
+    offset: Size
+
+
+class StartJob(msgspec.Struct, frozen=True, tag="start-job"):
+    """Client → worker: all files are there. Answered by the job's lines, and its end."""
+
+
+class StopJob(msgspec.Struct, frozen=True, tag="stop-job"):
+    """Client → worker: the job is to stop as soon as it can, and keep what it has; as Ctrl-C says it."""
+
+
+class ReadFile(msgspec.Struct, frozen=True, tag="read-file"):
+    """Client → worker: send at most `length` bytes of a file, from `offset`; answered by `FilePart`."""
+
+    file: JobOutput
+    offset: Size
+    length: Annotated[int, Meta(ge=1, le=MAX_PAYLOAD_BYTES)]
+
+
+class DropFile(msgspec.Struct, frozen=True, tag="drop-file"):
+    """Client → worker: a file has been taken; the job may write the next one."""
+
+    file: JobOutput
+
+
+class FilePart(msgspec.Struct, frozen=True, tag="file-part"):
+    """Worker → client: the bytes asked for are this frame's payload; the file has `total`."""
+
+    total: Size
+
+
+class JobLine(msgspec.Struct, frozen=True, tag="job-line"):
+    """Worker → client: the job has said what is this frame's payload, a line of JSON."""
+
+
+class JobEnded(msgspec.Struct, frozen=True, tag="job-ended"):
+    """Worker → client: the job says nothing more; what Ray says of it, and the last of what it printed."""
+
+    why: Text
+
+
 # --- client ↔ broker -----------------------------------------------------------------------------------------------
 
 
@@ -434,6 +497,8 @@ class Acquire(msgspec.Struct, frozen=True, tag="acquire"):
     devices: Annotated[int, Meta(ge=1, le=MAX_LEASE_DEVICES)] = 1
     memory_bytes: Size = 0
     wait_s: Seconds = 0.0
+    job: bool = False
+    """Whether it is for a job: its worker has no tensors, but runs Paddle's training on the device."""
 
 
 class Waiting(msgspec.Struct, frozen=True, tag="waiting"):
@@ -496,6 +561,8 @@ class DeviceStatus(msgspec.Struct, frozen=True):
     memory_bytes: Size
     free_bytes: Size
     host: Name = ""
+    jobs: bool = False
+    """Whether its host runs jobs."""
 
 
 class LeaseStatus(msgspec.Struct, frozen=True):
@@ -542,6 +609,8 @@ class Join(msgspec.Struct, frozen=True, tag="join"):
     devices: Annotated[list[HostDevice], Meta(min_length=1, max_length=MAX_HOST_DEVICES)]
     session: Nonce
     resumes: bool = False
+    jobs: bool = False
+    """Whether it runs jobs: it has a Ray."""
 
 
 class Joined(msgspec.Struct, frozen=True, tag="joined"):
@@ -571,6 +640,8 @@ class StartWorker(msgspec.Struct, frozen=True, tag="start-worker"):
     peer_token: Name
     grace_s: Seconds
     asks_certificate: bool = False
+    job: bool = False
+    """Whether it is the worker of a job."""
 
 
 class EndWorker(msgspec.Struct, frozen=True, tag="end-worker"):
@@ -618,6 +689,8 @@ Greeting = Challenge | Hello | Welcome | Refused
 ToWorker = Attach | Batch | Received | EndSession
 FromWorker = Attached | Data | Results | Usage | Done | Failed | Received | Refused
 ToBroker = Acquire | Reattach | Heartbeat | Release | GetStatus | Join
+ToJob = Attach | Received | EndSession | WriteFile | StartJob | StopJob | ReadFile | DropFile
+FromJob = Attached | Received | Refused | FilePart | JobLine | JobEnded
 ToPeer = Attach | Deliver | Withhold
 FromPeer = Attached | Received | Refused
 FromBroker = Waiting | Granted | Heartbeat | LeaseEnded | Status | Refused
@@ -632,6 +705,8 @@ _decoders = {
     "greeting": msgspec.msgpack.Decoder(Greeting),
     "to-worker": msgspec.msgpack.Decoder(ToWorker),
     "from-worker": msgspec.msgpack.Decoder(FromWorker),
+    "to-job": msgspec.msgpack.Decoder(ToJob),
+    "from-job": msgspec.msgpack.Decoder(FromJob),
     "to-peer": msgspec.msgpack.Decoder(ToPeer),
     "from-peer": msgspec.msgpack.Decoder(FromPeer),
     "to-broker": msgspec.msgpack.Decoder(ToBroker),
@@ -643,6 +718,8 @@ Direction = Literal[
     "greeting",
     "to-worker",
     "from-worker",
+    "to-job",
+    "from-job",
     "to-peer",
     "from-peer",
     "to-broker",
@@ -650,7 +727,9 @@ Direction = Literal[
     "to-host",
     "from-host",
 ]
-Message = Greeting | ToWorker | FromWorker | ToPeer | FromPeer | ToBroker | FromBroker | ToHost | FromHost
+Message = (
+    Greeting | ToWorker | FromWorker | ToJob | FromJob | ToPeer | FromPeer | ToBroker | FromBroker | ToHost | FromHost
+)
 
 
 def encode(message: Message, payload_bytes: int = 0) -> bytes:

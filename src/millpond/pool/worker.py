@@ -13,16 +13,19 @@ import resource
 import sys
 import threading
 import time
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import msgspec
 
-from millpond.pool import confine, tls, wire
+from millpond.pool import confine, ray_jobs, tls, wire
 from millpond.pool.errors import ConnectionLost, WireError
 from millpond.pool.link import Link
 from millpond.pool.sessions import MAX_GREETING, Greeting, Sessions, refuse
 from millpond.process import die_with_parent
 from millpond.settings import PoolSettings, load
+
+if TYPE_CHECKING:
+    from millpond.pool.job_worker import JobWorker
 
 REPORT_S = 1.0
 MAX_SESSIONS = 64
@@ -48,6 +51,8 @@ class Orders(msgspec.Struct, frozen=True):
     """Secret of the lease's workers among themselves; empty: this is the only one."""
     tls: tls.Files = tls.Files()
     """The certificate that it shows is its host's; with authorities, its callers must show one too."""
+    job: ray_jobs.Site | None = None
+    """Where its job is to run; None: it computes for torch."""
 
 
 class Introduction(msgspec.Struct, frozen=True):
@@ -163,12 +168,18 @@ def main() -> None:
     die_with_parent(orders.parent)
     reports = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print must not mix with the reports
-    _confine(orders)
-    worker = Worker(orders)
+    worker: Worker | JobWorker
+    if orders.job is None:
+        _confine(orders)
+        worker = Worker(orders)
+    else:
+        from millpond.pool.job_worker import JobWorker
+
+        worker = JobWorker(orders, orders.job)
     _send_report(reports, worker)
     threading.Thread(target=_keep_reporting, args=(reports, worker), name="reports", daemon=True).start()
     threading.Thread(target=_follow_stdin, args=(worker,), name="stdin", daemon=True).start()
-    if worker.peers is not None:
+    if isinstance(worker, Worker) and worker.peers is not None:
         threading.Thread(target=worker.peers.serve, name="peers", daemon=True).start()
     worker.sessions.serve()
 
@@ -183,11 +194,11 @@ def _confine(orders: Orders) -> None:
         print(f"worker {orders.lease}: not kept from its host's files and programs: {lacking}", file=sys.stderr)  # noqa: T201
 
 
-def _send_report(reports: BinaryIO, worker: Worker) -> None:
+def _send_report(reports: BinaryIO, worker: Worker | JobWorker) -> None:
     reports.write(msgspec.json.encode(worker.report()) + b"\n")
 
 
-def _keep_reporting(reports: BinaryIO, worker: Worker) -> None:
+def _keep_reporting(reports: BinaryIO, worker: Worker | JobWorker) -> None:
     while True:
         time.sleep(REPORT_S)
         try:
@@ -196,11 +207,11 @@ def _keep_reporting(reports: BinaryIO, worker: Worker) -> None:
             os._exit(0)
 
 
-def _follow_stdin(worker: Worker) -> None:
+def _follow_stdin(worker: Worker | JobWorker) -> None:
     """Take in what the broker says after the orders: who the lease's other workers are; end when it has ended."""
     with contextlib.suppress(ValueError):  # the broker's word is no peer's: what cannot be read ends this worker
         for line in sys.stdin.buffer:
-            if worker.peers is not None:
+            if isinstance(worker, Worker) and worker.peers is not None:
                 worker.peers.introduce(msgspec.json.decode(line, type=Introduction))
     os._exit(0)
 
