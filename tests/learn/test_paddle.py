@@ -26,7 +26,8 @@ from millpond.learn.models import ModelOptions, TextModel, build, options_of
 from millpond.learn.options import TrainingError, TrainOptions
 from millpond.learn.paddle import parent
 from millpond.learn.paddle.messages import write_rows
-from millpond.learn.paddle.parent import Place, train_in_paddle
+from millpond.learn.paddle.parent import train_in_paddle
+from millpond.learn.paddle.place import Place
 from millpond.learn.progress import Epoch, Training
 from millpond.learn.recipes import read_recipe
 from millpond.learn.run import run
@@ -202,7 +203,9 @@ def test_before_any_data_is_read_paddle_is_looked_for(monkeypatch: pytest.Monkey
     def start(device: str) -> None:
         run(recipe, settings, device=device, name="x", out=None, report=lambda at: None)
 
-    with pytest.raises(TrainingError, match=r"cannot use meta, which only torch sees\. Start it on the host"):
+    with pytest.raises(
+        TrainingError, match=r"cannot use meta, which only torch sees\. Train as a job of the pool, with --lease"
+    ):
         start("meta")
     with pytest.raises(DataError, match="not/there"):
         start("cpu")

@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 
 from millpond.learn.datasets import Dataset
-from millpond.learn.paddle.parent import Place
+from millpond.learn.paddle.place import Place
 from millpond.learn.train import predict
 
 from .test_paddle import CPU, SMALL, fresh, train_small

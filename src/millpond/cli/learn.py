@@ -48,7 +48,12 @@ from millpond.cli.tune import tune
 from millpond.settings import LearnSettings, RegistrySettings, load
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from millpond.learn.datasets import Dataset
+    from millpond.learn.paddle.place import Hire
+    from millpond.learn.recipes import Recipe
+    from millpond.schema import JobProgress
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
@@ -160,6 +165,13 @@ def train(
     gpus: Annotated[
         int, typer.Option(min=1, max=64, help="Share each batch among so many GPUs; with --device cpu, processes.")
     ] = 1,
+    lease: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="With --framework paddle: train on a device of the pool, `whole`, or a part of one such as 8GiB.",
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Directory of the run; default: runs/ under the home.")] = None,
     name: Annotated[str, typer.Option(help="Name that the model carries.")] = "sentiment",
     resume: Annotated[
@@ -199,6 +211,7 @@ def train(
     }
     recipe = read_recipe(recipe_file, changes)
     settings = load(LearnSettings)
+    elsewhere = _on_the_pool(lease, recipe, device) if lease else None
     tracking = tracker(mlflow, settings.home, lambda warning: typer.echo(f"warning: {warning}", err=True))
     with Bar() as report:
         done = run(
@@ -211,6 +224,7 @@ def train(
             resume=resume,
             tracker=tracking,
             workers=gpus,
+            elsewhere=elsewhere(report) if elsewhere else None,
         )
     if as_json:
         typer.echo(json.dumps(done.summary(), indent=2))
@@ -308,3 +322,38 @@ def _load(data_changes: dict[str, str | bool | None]) -> Dataset:
             load(LearnSettings),
             on_rows=lambda count: status.update(f"reading {recipe.data.source}: {count:,} rows"),
         )
+
+
+def _on_the_pool(size: str, recipe: Recipe, device: str) -> Callable[[Callable[[JobProgress], None]], Hire]:
+    """Return what has Paddle train on a leased device, `whole` or a part, and reports while it waits for one.
+
+    Raises:
+        MillpondError: the other options are not for that, or the pool runs no jobs.
+    """
+    from functools import partial
+
+    from millpond import MillpondError
+    from millpond.pool import job, monitor
+    from millpond.schema import JobProgress
+    from millpond.settings import PoolSettings
+
+    if recipe.training.framework != "paddle":
+        raise MillpondError(
+            "--lease is for --framework paddle, which has no other way to the pool's devices. In torch: millpond pool "
+            "run -- millpond learn train …"
+        )
+    if device != "auto":
+        raise MillpondError(f"--lease trains on a device of the pool, not on {device}: leave --device out.")
+    if size.isdigit():
+        raise MillpondError(f"--lease is {size!r}: write `whole`, or a part of a device such as 8GiB.")
+    memory_bytes = 0 if size == "whole" else monitor.parse_size(size, "--lease")
+    settings = load(PoolSettings)
+    job.check(settings)
+
+    def hire(report: Callable[[JobProgress], None]) -> Hire:
+        def waits(reason: str) -> None:
+            report(JobProgress(stage="train", note=reason))
+
+        return partial(job.lease_job, settings, memory_bytes=memory_bytes, on_wait=waits)
+
+    return hire

@@ -23,7 +23,8 @@ from millpond.learn.encoded import Encoded
 from millpond.learn.models import ModelOptions, TextModel, build, options_of
 from millpond.learn.options import TrainingError, TrainOptions
 from millpond.learn.paddle.messages import missing
-from millpond.learn.paddle.parent import Place, train_in_paddle
+from millpond.learn.paddle.parent import train_in_paddle
+from millpond.learn.paddle.place import Hire, Place
 from millpond.learn.progress import Epoch, Progress, Training
 from millpond.learn.recipes import Recipe, hold_back
 from millpond.learn.train import complete, predict, train
@@ -79,19 +80,19 @@ def pick_device(name: str) -> torch.device:
     return torch.accelerator.current_accelerator() or torch.device("cpu")
 
 
-def place_of(recipe: Recipe, settings: LearnSettings, device: str) -> Place:
+def place_of(recipe: Recipe, settings: LearnSettings, device: str, elsewhere: Hire | None = None) -> Place:
     """Return where Paddle trains, if the recipe wants that; it is looked for before any work is done.
 
     Raises:
         TrainingError: it is not installed, or cannot use the device.
     """
-    place = Place(device, settings.paddle_python or Path(sys.executable))
-    if recipe.training.framework != "paddle":
+    place = Place(device, settings.paddle_python or Path(sys.executable), elsewhere)
+    if recipe.training.framework != "paddle" or elsewhere is not None:
         return place
     if (chosen := pick_device(device)).type not in ("cpu", "cuda"):
         raise TrainingError(
-            f"Paddle cannot use {chosen}, which only torch sees. Start it on the host that has the GPU, with a Paddle "
-            "made for CUDA (docs/how-to/train-with-paddle.md); or train in torch; or on this host with --device cpu."
+            f"Paddle cannot use {chosen}, which only torch sees. Train as a job of the pool, with --lease and without "
+            "millpond pool run (docs/how-to/train-with-paddle.md); or in torch; or on this host with --device cpu."
         )
     if settings.paddle_python is None and find_spec("paddle") is None:
         raise TrainingError(missing(sys.executable, "there is no module paddle"))

@@ -21,6 +21,7 @@ from millpond.learn.evaluate import Evaluation, evaluate
 from millpond.learn.export import read_model, write_model
 from millpond.learn.fit import Report, Stopwatch, Trained, answer, fit, pick_device, place_of
 from millpond.learn.options import TrainingError
+from millpond.learn.paddle.place import Hire
 from millpond.learn.recipes import Recipe, load_data, shown_recipe, used_rows
 from millpond.learn.tracking import Tracker
 from millpond.registry import DataSource, Lineage
@@ -97,11 +98,12 @@ def run(
     resume: bool = False,
     tracker: Tracker | None = None,
     workers: int = 1,
+    elsewhere: Hire | None = None,
 ) -> Run:
     """Train by the recipe, read the test split once, write everything into `out`.
 
     With `resume` it goes on from the last checkpoint in `out`, or in the newest run that did not end. `workers` as for
-    `fit`.
+    `fit`. `elsewhere` is where Paddle trains, if not on this machine.
 
     Raises:
         DataError: the data cannot be used, or `out` is there already.
@@ -112,7 +114,7 @@ def run(
     started = datetime.datetime.now(datetime.UTC)
     directory = _directory(out, settings.home / "runs", f"{started:%Y%m%d-%H%M%S}-{recipe.model.architecture}", resume)
     set_threads(settings)
-    on_device, place = pick_device(device), place_of(recipe, settings, device)
+    on_device, place = pick_device(device), place_of(recipe, settings, device, elsewhere)
     if workers > 1:
         from millpond.learn.workers import check_workers
 

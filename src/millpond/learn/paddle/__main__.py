@@ -1,9 +1,15 @@
-"""The child: `python -m millpond.learn.paddle WORK` does the job in that directory. `parent` starts it."""
+"""The child: `python -m millpond.learn.paddle WORK [SOCKET]` does the job in that directory.
+
+`parent` starts it, and reads its standard output. On a host of the pool Ray starts it, and it speaks over the socket of
+that name in WORK, which is the worker's of its lease; with the other end of the socket it ends.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -17,13 +23,15 @@ from millpond.learn.paddle.messages import JOB, Done, Failed, Job, Message, miss
 from millpond.process import die_with_parent
 
 
-def main(work: Path) -> None:
-    """Tell of the job in lines of JSON on standard output; whatever else is printed goes to standard error."""
+def main(work: Path, name: str = "") -> None:
+    """Tell of the job in lines of JSON; whatever is printed goes to standard error."""
     stopped = threading.Event()
     signal.signal(signal.SIGINT, lambda *_: stopped.set())
+    line = _dial(work, name, stopped) if name else None
     job = msgspec.json.decode((work / JOB).read_bytes(), type=Job)
-    die_with_parent(job.parent)
-    told = os.fdopen(os.dup(1), "wb")
+    if line is None:
+        die_with_parent(job.parent)
+    told = os.fdopen(os.dup(1), "wb") if line is None else line.makefile("wb")
     os.dup2(2, 1)
 
     def send(message: Message) -> None:
@@ -31,6 +39,23 @@ def main(work: Path) -> None:
         told.flush()
 
     send(_do(job, work, send, stopped))
+
+
+def _dial(work: Path, name: str, stopped: threading.Event) -> socket.socket:
+    """Return the connection to the worker of this lease; this process ends with it, and is stopped by what it says."""
+    line = socket.socket(socket.AF_UNIX)
+    directory = os.open(work, os.O_PATH | os.O_DIRECTORY)
+    line.connect(f"/proc/self/fd/{directory}/{name}")  # however long the path to it is
+    os.close(directory)
+
+    def follow() -> None:
+        with contextlib.suppress(OSError):
+            while line.recv(64):
+                stopped.set()
+        os._exit(1)
+
+    threading.Thread(target=follow, name="lease", daemon=True).start()
+    return line
 
 
 def _do(job: Job, work: Path, send: Callable[[Message], None], stopped: threading.Event) -> Done | Failed:
@@ -49,5 +74,5 @@ def _do(job: Job, work: Path, send: Callable[[Message], None], stopped: threadin
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:3])
     os._exit(0)  # all is said and written; nothing of Paddle's is taken down that could still go wrong

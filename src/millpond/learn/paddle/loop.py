@@ -35,6 +35,7 @@ from millpond.learn.paddle.messages import (
     Saved,
     Started,
     Stepped,
+    check_rows,
     read_rows,
 )
 from millpond.learn.paddle.models import build, load, weights_of
@@ -109,9 +110,16 @@ def train(job: Job, work: Path, send: Callable[[Message], None], is_stopped: Cal
         )
     paddle.set_device(device)
     send(Started(paddle.__version__, device))
-    data, labels = read_rows(work, "train")
-    validation = read_rows(work, "validation") if job.validates else None
-    model = build(job.architecture, safetensors.numpy.load_file(work / WEIGHTS), job.dropout, job.embedding_dropout)
+    try:
+        weights = safetensors.numpy.load_file(work / WEIGHTS)
+        data, labels = read_rows(work, "train")
+        validation = read_rows(work, "validation") if job.validates else None
+        words, classes = len(weights["embedding.weight"]), len(weights["linear.weight"])
+        for rows in (data, labels), *([validation] if validation else []):
+            check_rows(*rows, words, classes)
+        model = build(job.architecture, weights, job.dropout, job.embedding_dropout)
+    except (OSError, ValueError, KeyError, IndexError, safetensors.SafetensorError) as error:
+        raise TrainingError(f"what Paddle is to train on cannot be used: {error}") from error
     clip = nn.ClipGradByGlobalNorm(options.clip_norm) if options.clip_norm else None
     optimizer = paddle.optimizer.Adam(rate_at(0, 1, options), parameters=model.parameters(), grad_clip=clip)
     at = State(model, optimizer, paddle.zeros([2]))

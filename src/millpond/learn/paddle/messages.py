@@ -115,6 +115,27 @@ def write_rows(work: Path, name: str, data: Encoded, labels: NDArray[np.int64]) 
         np.save(work / f"{name}-{part}.npy", array, allow_pickle=False)
 
 
+def check_rows(data: Encoded, labels: NDArray[np.int64], words: int, classes: int) -> None:
+    """Refuse rows that a model does not have room for: Paddle's kernels would read beyond its weights.
+
+    Raises:
+        ValueError: they are not what `write_rows` has written, or have ids or labels beyond the model's.
+    """
+    ids, starts = data.ids, data.starts
+    if [f"{part.dtype} {part.ndim}" for part in (ids, starts, labels)] != ["int32 1", "int64 1", "int64 1"]:
+        raise ValueError("the rows are no ids, starts and labels")
+    if (
+        len(starts) < 2
+        or len(labels) != len(data)
+        or starts[0] != 0
+        or starts[-1] != len(ids)
+        or data.lengths.min() < 0
+    ):
+        raise ValueError("the rows do not begin and end within the ids")
+    if ids.min(initial=0) < 0 or ids.max(initial=0) >= words or labels.min() < 0 or labels.max() >= classes:
+        raise ValueError(f"the rows have ids beyond the model's {words} words, or labels beyond its {classes}")
+
+
 def read_rows(work: Path, name: str) -> tuple[Encoded, NDArray[np.int64]]:
     """Return what `write_rows` has written, mapped from disk."""
     ids, starts, labels = (

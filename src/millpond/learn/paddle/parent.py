@@ -1,17 +1,17 @@
-"""The parent's side of training in Paddle: write the job, start the child, pass on what it tells, take its weights."""
+"""The parent's side of training in Paddle: write the job, start the child, pass on what it tells, take its weights.
+
+The child may be on another machine (`place`), so what it says is checked as what comes from one.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,10 +19,10 @@ import msgspec
 import numpy as np
 import safetensors
 import safetensors.torch
-import torch
 from numpy.typing import NDArray
 
 import millpond
+from millpond import MillpondError
 from millpond.learn.checkpoint import Checkpoints, is_checkpointed
 from millpond.learn.encoded import Encoded
 from millpond.learn.models import ModelOptions, TextModel
@@ -31,7 +31,6 @@ from millpond.learn.options import TrainingError, TrainOptions, settled
 from millpond.learn.paddle.messages import (
     CHECKPOINT,
     JOB,
-    MAX_LINE_BYTES,
     TRAINED,
     WEIGHTS,
     Architecture,
@@ -45,24 +44,13 @@ from millpond.learn.paddle.messages import (
     Stepped,
     write_rows,
 )
+from millpond.learn.paddle.place import Child, Place
 from millpond.learn.progress import Epoch, Progress, Training
 
 STOP_S = 60.0
 """Seconds in which the child must have ended after Ctrl-C: the batch it is at, and writing the weights."""
-END_S = 10.0
-"""Seconds in which the child must have ended after its last line."""
-TAIL_CHARACTERS = 600
-"""How much of what a child that died has printed last is shown."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where Paddle trains, as it was asked for."""
-
-    device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
-    python: Path = Path(sys.executable)
-    """The Python that has Paddle."""
+SIZES_OF_WEIGHTS = 8
+"""Most that a file of the child's may have: weights, best ones, two moments and sums are in a checkpoint."""
 
 
 def train_in_paddle(
@@ -91,7 +79,8 @@ def train_in_paddle(
         raise TrainingError(f"{architecture} cannot be trained in Paddle; {' and '.join(get_args(Architecture))} can.")
     options = settled(options, validates=validation is not None)
     saved = checkpoints.read() if checkpoints is not None else None
-    job = Job(
+    job = partial(
+        Job,
         version=millpond.__version__,
         parent=os.getpid(),
         architecture=architecture,  # type: ignore[arg-type]
@@ -99,7 +88,6 @@ def train_in_paddle(
         embedding_dropout=getattr(model_options, "embedding_dropout", 0.0),
         training=options,
         seed=seed,
-        device=place.device,
         validates=validation is not None,
         max_ids=max(1, EVALUATION_FLOATS // model.floats_per_id),
         checkpoint_s=checkpoints.every_s if checkpoints is not None else 0.0,
@@ -108,7 +96,7 @@ def train_in_paddle(
     result = Training()
     if saved:
         result.epochs, result.resumed = list(saved[0].epochs), (saved[0].epoch, saved[0].step)
-    with _work(checkpoints) as work:
+    with _work(checkpoints) as work, place.child(work) as child:
         try:
             safetensors.torch.save_file(model.weights(), work / WEIGHTS)
             write_rows(work, "train", data, labels)
@@ -116,41 +104,53 @@ def train_in_paddle(
                 write_rows(work, "validation", *validation)
             if saved:
                 safetensors.torch.save_file(saved[1], work / CHECKPOINT)
-            (work / JOB).write_bytes(msgspec.json.encode(job))
+            (work / JOB).write_bytes(msgspec.json.encode(job(device=child.device)))
+            most_bytes = SIZES_OF_WEIGHTS * (work / WEIGHTS).stat().st_size + 2**20
         except (OSError, safetensors.SafetensorError) as error:
             raise TrainingError(
                 f"what Paddle is to train on cannot be written into {work}: {error}. Make room."
             ) from error
 
+        def fetch(name: str) -> Path:
+            try:
+                return child.fetch(name, most_bytes)
+            except MillpondError as error:
+                raise TrainingError(_with_hint(str(error), work)) from error
+
         def take(message: Message) -> Done | None:
             """Pass on what a line says; return the last one."""
             match message:
                 case Started(version, device):
-                    result.trained_by = f"PaddlePaddle {version} on {device}"
+                    on = f"{child.where} ({device})" if child.where else device
+                    result.trained_by = _plain(f"PaddlePaddle {version} on {on}"[:200])
                 case Stepped(progress):
                     on_progress(progress)
                 case EpochDone(epoch):
                     result.epochs.append(epoch)
                     on_epoch(epoch)
                 case Saved(position):
-                    assert checkpoints is not None  # else it is told to save none
-                    checkpoints.write(position, safetensors.torch.load_file(work / CHECKPOINT))
-                    (work / CHECKPOINT).unlink()
+                    if checkpoints is None:
+                        raise TrainingError("the process that trains in Paddle saves what it was not asked for")
+                    checkpoints.write(position, safetensors.torch.load_file(fetch(CHECKPOINT)))
+                    child.drop(CHECKPOINT)
                 case Failed(error):
-                    raise TrainingError(error)
+                    raise TrainingError(_plain(error))
                 case Done():
                     return message
             return None
 
-        with _child(place.python, work) as child:
-            try:
-                done = _last(child, place.python, work, take)
-            except KeyboardInterrupt:
-                child.send_signal(signal.SIGINT)
-                with _limit(child, STOP_S):
-                    done = _last(child, place.python, work, take)
-        model.load_weights(safetensors.torch.load_file(work / TRAINED))
-    result.best, result.ended, result.error = done.best, done.ended, done.error
+        child.start()
+        try:
+            done = _last(child, work, take)
+        except KeyboardInterrupt:
+            child.stop()
+            with _limit(child, STOP_S):
+                done = _last(child, work, take)
+        try:
+            model.load_weights(safetensors.torch.load_file(fetch(TRAINED)))
+        except (OSError, safetensors.SafetensorError, KeyError, RuntimeError) as error:
+            raise TrainingError(f"the weights that Paddle has trained cannot be read: {error}") from error
+    result.best, result.ended, result.error = done.best, done.ended, _plain(done.error)
     model.eval()
     return result
 
@@ -176,65 +176,31 @@ def _work(checkpoints: Checkpoints | None) -> Iterator[Path]:
                 path.rmdir()
 
 
-@contextlib.contextmanager
-def _child(python: Path, work: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """Start the child; it is gone afterwards, however this ends.
-
-    It is not in the terminal's process group: Ctrl-C is for the parent, which asks the child to stop.
-    """
-    threads = str(torch.get_num_threads())
-    environ = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-    command = [str(python), "-P", "-m", "millpond.learn.paddle", str(work)]
-    with (work / "stderr.txt").open("wb") as stderr:
-        try:
-            child = subprocess.Popen(
-                command, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, process_group=0
-            )
-        except OSError as error:
-            raise TrainingError(
-                f"{python} cannot be started: {error}. MILLPOND_LEARN_PADDLE_PYTHON names the Python that has Paddle; "
-                "unset it if it is this one."
-            ) from error
-    try:
-        yield child
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(END_S)
-    finally:
-        child.kill()
-        child.wait()
-        assert child.stdout is not None
-        child.stdout.close()
-
-
-def _last(child: subprocess.Popen[bytes], python: Path, work: Path, take: Callable[[Message], Done | None]) -> Done:
+def _last(child: Child, work: Path, take: Callable[[Message], Done | None]) -> Done:
     """Pass on the child's lines until the last one, and return that. It waits as long as the child lives.
 
     Raises:
         TrainingError: it died, or what it says is not understood.
     """
-    assert child.stdout is not None
     decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(Message)
-    while line := child.stdout.readline(MAX_LINE_BYTES):
+    while line := child.readline():
         try:
             message = decoder.decode(line)
         except msgspec.MsgspecError as error:
             raise TrainingError(f"the process that trains in Paddle says what is not understood: {error}") from error
         if (done := take(message)) is not None:
             return done
-    status = child.wait()
-    how = f"ended with exit status {status}"
-    if status < 0:
-        how = f"was killed by {signal.Signals(-status).name}"
-    if status == -signal.SIGKILL:
-        how += " (memory may have run out; a smaller --batch-size needs less)"
-    printed = (work / "stderr.txt").read_text(errors="replace").strip()[-TAIL_CHARACTERS:]
-    said = f" It printed last: {printed}" if printed else ""
+    raise TrainingError(_with_hint(child.why_ended(), work))
+
+
+def _with_hint(why: str, work: Path) -> str:
+    """Return why it cannot go on, and how it yet can."""
     resume = " With --resume it goes on from its last checkpoint." if is_checkpointed(work.parent) else ""
-    raise TrainingError(f"the process that trains in Paddle ({python}) {how}.{resume}{said}")
+    return f"{why.rstrip('.')}.{resume}"
 
 
 @contextlib.contextmanager
-def _limit(child: subprocess.Popen[bytes], seconds: float) -> Iterator[None]:
+def _limit(child: Child, seconds: float) -> Iterator[None]:
     """Kill the child if this takes longer.
 
     Raises:
@@ -260,3 +226,8 @@ def _limit(child: subprocess.Popen[bytes], seconds: float) -> Iterator[None]:
     finally:
         timer.cancel()
         timer.join()
+
+
+def _plain(text: str) -> str:
+    """Return a text of the child's without what would move a terminal's cursor."""
+    return "".join(character if character.isprintable() else " " for character in text)
