@@ -16,7 +16,6 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.error
 import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -195,17 +194,25 @@ class Ray:
 
     def _wait_until_it_answers(self) -> None:
         deadline = time.monotonic() + START_S
-        wanted = urllib.request.Request(
-            f"{self.address}/api/v0/nodes", headers={"Authorization": f"Bearer {RAY_TOKEN}"}
-        )
         while True:
             log = (self._directory / "head.log").read_text(errors="replace")[-2000:]
             assert self._process.poll() is None, f"Ray does not start (is ray[default] installed?): {log}"
             assert time.monotonic() < deadline, f"Ray did not start within {START_S} s: {log}"
-            with contextlib.suppress(OSError), urllib.request.urlopen(wanted, timeout=5) as answer:
-                if b"ALIVE" in answer.read():
+            with contextlib.suppress(OSError):
+                if b"ALIVE" in self._get("/api/v0/nodes"):
                     return
             time.sleep(0.2)
+
+    def printed(self) -> str:
+        """Return what all jobs have printed."""
+        jobs = json.loads(self._get("/api/jobs/"))
+        return "".join(json.loads(self._get(f"/api/jobs/{job['submission_id']}/logs"))["logs"] for job in jobs)
+
+    def _get(self, path: str) -> bytes:
+        wanted = urllib.request.Request(self.address + path, headers={"Authorization": f"Bearer {RAY_TOKEN}"})
+        with urllib.request.urlopen(wanted, timeout=5) as answer:
+            content: bytes = answer.read()
+            return content
 
     def close(self) -> None:
         end({(self._process.pid, 0)} | descendants({self._process.pid}))

@@ -78,7 +78,7 @@ class PoolSettings:
     job_bytes: int = _setting("Bytes that the files of one job may take on this host.", default=20 * 1024**3)
     idle_limit_s: float = _setting("Seconds without any op after which a lease expires; 0: never.", default=0.0)
     confine: bool = _setting(
-        "Whether this host's workers are kept from its files, programs and processes (Landlock): yes or no.",
+        "Whether this host's workers and jobs are kept from its files, programs and processes (Landlock): yes or no.",
         default=True,
     )
 

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from millpond.pool import confine, wire
+from millpond import confine
+from millpond.pool import wire
 from worker_site import WorkerProcess
 
 PROGRAM = """
 import ctypes, json, os, resource, socket, subprocess, sys
 from pathlib import Path
-from millpond.pool import confine
+from millpond import confine
 outside, port, lacks_landlock = sys.argv[1], int(sys.argv[2]), sys.argv[3:] == ["no Landlock"]
 if lacks_landlock:
     confine._CREATE_RULESET = 4095  # a system call that no kernel has
@@ -107,7 +108,12 @@ def test_a_kernel_without_landlock_is_told_of_and_takes_the_rest(tmp_path):
     check_what_needs_no_landlock(report)
 
 
-WITHOUT = "from millpond.pool import confine, worker; confine._CREATE_RULESET = 4095; worker.main()"
+WITHOUT = """
+from millpond import confine
+from millpond.pool import worker
+confine._CREATE_RULESET = 4095
+worker.main()
+"""
 
 
 def test_a_worker_without_landlock_says_so_in_one_line_and_works(tmp_path):
@@ -136,3 +142,53 @@ def test_a_worker_inherits_no_secrets():
     inherited = confine.environment(environ)
     assert sorted(inherited) == ["CUDA_VISIBLE_DEVICES", "LC_ALL", "OMP_NUM_THREADS", "PATH", "PYTHONPATH"]
     assert confine.environment(os.environ | {"MILLPOND_POOL_CONFINE": "no"})["MILLPOND_POOL_CONFINE"] == "no"
+
+
+JOB = """
+import os, sys, threading
+from pathlib import Path
+from millpond.confine import MAX_FILE_BYTES, confine
+outside, work = Path(sys.argv[1]), Path(sys.argv[2])
+if sys.argv[3:]:
+    threading.Thread(target=threading.Event().wait, daemon=True).start()
+print(confine(gpu=False, connects=False, writes=str(work)))
+(work / "new").write_bytes(bytes(MAX_FILE_BYTES + 1))
+(work / "new").rename(work / "old")
+print(len((work / "old").read_bytes()) - MAX_FILE_BYTES)
+(work / "old").unlink()
+for attempt in (
+    lambda: (outside / "secret").read_text(),
+    lambda: (outside / "new").write_text("x"),
+    lambda: (outside / "secret").rename(work / "secret"),
+    lambda: os.link(outside / "secret", work / "secret"),
+    lambda: (work / "link").symlink_to(outside / "secret"),
+    lambda: os.mkfifo(work / "fifo"),
+    lambda: os.execv("/bin/true", ["true"]),
+):
+    try:
+        attempt()
+        print("done")
+    except OSError:
+        print("refused")
+"""
+
+
+def run_job(directory: Path, *options: str) -> list[str]:
+    outside, work = directory / "outside", directory / "work"
+    outside.mkdir()
+    work.mkdir()
+    (outside / "secret").write_text("a secret")
+    command = [sys.executable, "-c", JOB, str(outside), str(work), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert (outside / "secret").read_text() == "a secret"
+    return done.stdout.splitlines()
+
+
+@pytest.mark.skipif(not kernel_has_landlock(), reason="this kernel has no Landlock, or one before version 6")
+def test_a_job_writes_files_in_its_directory_and_nothing_else(tmp_path):
+    assert run_job(tmp_path) == ["", "1", *["refused"] * 7]
+
+
+@pytest.mark.skipif(not kernel_has_landlock(), reason="this kernel has no Landlock, or one before version 6")
+def test_a_thread_that_began_before_is_told_of(tmp_path):
+    assert run_job(tmp_path, "with a thread")[0] == "1 thread(s) began before"

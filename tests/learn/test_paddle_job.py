@@ -18,6 +18,7 @@ import psutil
 import pytest
 from typer.testing import CliRunner
 
+from attacks.test_pool_confined import kernel_has_landlock
 from millpond import MillpondError
 from millpond.cli.learn import app
 from millpond.learn.encoded import Encoded
@@ -147,14 +148,18 @@ def test_a_job_ends_with_the_weights_of_this_machine_though_it_was_killed_and_re
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_ctrl_c_in_a_terminal_stops_the_job_and_writes_the_model(site: BrokerProcess, tmp_path: Path) -> None:
+def test_ctrl_c_in_a_terminal_stops_the_job_which_is_confined_and_writes_the_model(
+    site: BrokerProcess, ray: Ray, tmp_path: Path
+) -> None:
     log = tmp_path / "log"
     train = command(tmp_path, "--epochs", "10000", "--lease", "whole", "--out", str(tmp_path / "run"))
     with log.open("wb") as file:
         process = subprocess.Popen(train, env=site.environ, stdout=file, stderr=file, start_new_session=True)
     try:
         until(lambda: "epoch 2" in log.read_text() or process.poll() is not None)
-        assert len(jobs_of(site)) == 1
+        (job,) = jobs_of(site)
+        assert "NoNewPrivs:\t1\n" in Path(f"/proc/{job.pid}/status").read_text()
+        assert ("not kept from its host" in ray.printed()) == (not kernel_has_landlock())
         os.killpg(process.pid, signal.SIGINT)
         assert process.wait(120) == 0, log.read_text()
     finally:

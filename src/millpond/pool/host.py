@@ -16,7 +16,8 @@ from typing import Protocol
 
 import msgspec
 
-from millpond.pool import confine, ray_jobs, tls, wire
+from millpond import confine
+from millpond.pool import ray_jobs, tls, wire
 from millpond.pool.worker import Introduction, Orders, Report
 from millpond.pool.worker_log import WorkerLog
 

@@ -167,8 +167,8 @@ class JobWorker:
 
 def command(orders: Orders, site: ray_jobs.Site) -> str:
     """Return the shell's command that is the job: an environment without Ray's secrets, and the one program."""
-    variables = dict(os.environ) | {"CUDA_VISIBLE_DEVICES": ""}
-    variables.pop("MILLPOND_POOL_CONFINE", None)
+    # NumPy's threads would begin before the job is confined; it has little to compute.
+    variables = dict(os.environ) | {"CUDA_VISIBLE_DEVICES": "", "OPENBLAS_NUM_THREADS": "1"}
     threads = str(len(os.sched_getaffinity(0)))
     variables = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads} | variables
     if orders.device == "cpu":

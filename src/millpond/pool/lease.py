@@ -143,7 +143,7 @@ class Lease:
                 if isinstance(message, wire.Waiting):
                     on_wait(message)
                 elif isinstance(message, wire.LeaseEnded):
-                    raise LeaseError(f"No lease: {message.reason}.")
+                    raise LeaseError(f"No lease: {message.reason.rstrip('.')}.")
                 elif isinstance(message, wire.Refused):
                     raise LeaseError(message.message)
         except BaseException:

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import msgspec
 
-from millpond.pool import confine, ray_jobs, tls, wire
+from millpond import confine
+from millpond.pool import ray_jobs, tls, wire
 from millpond.pool.errors import ConnectionLost, WireError
 from millpond.pool.link import Link
 from millpond.pool.sessions import MAX_GREETING, Greeting, Sessions, refuse

@@ -19,15 +19,17 @@ import msgspec
 
 import millpond
 from millpond import MillpondError
+from millpond.confine import confine
 from millpond.learn.paddle.messages import JOB, Done, Failed, Job, Message, missing
 from millpond.process import die_with_parent
+from millpond.settings import PoolSettings, load
 
 
 def main(work: Path, name: str = "") -> None:
     """Tell of the job in lines of JSON; whatever is printed goes to standard error."""
     stopped = threading.Event()
     signal.signal(signal.SIGINT, lambda *_: stopped.set())
-    line = _dial(work, name, stopped) if name else None
+    line = _dial(work, name) if name else None
     job = msgspec.json.decode((work / JOB).read_bytes(), type=Job)
     if line is None:
         die_with_parent(job.parent)
@@ -38,27 +40,37 @@ def main(work: Path, name: str = "") -> None:
         told.write(msgspec.json.encode(message) + b"\n")
         told.flush()
 
-    send(_do(job, work, send, stopped))
+    send(_do(job, work, send, stopped, line))
 
 
-def _dial(work: Path, name: str, stopped: threading.Event) -> socket.socket:
-    """Return the connection to the worker of this lease; this process ends with it, and is stopped by what it says."""
+def _dial(work: Path, name: str) -> socket.socket:
+    """Return the connection to the worker of this lease."""
     line = socket.socket(socket.AF_UNIX)
     directory = os.open(work, os.O_PATH | os.O_DIRECTORY)
     line.connect(f"/proc/self/fd/{directory}/{name}")  # however long the path to it is
     os.close(directory)
-
-    def follow() -> None:
-        with contextlib.suppress(OSError):
-            while line.recv(64):
-                stopped.set()
-        os._exit(1)
-
-    threading.Thread(target=follow, name="lease", daemon=True).start()
     return line
 
 
-def _do(job: Job, work: Path, send: Callable[[Message], None], stopped: threading.Event) -> Done | Failed:
+def _follow(line: socket.socket, stopped: threading.Event) -> None:
+    """Stop as the worker says, and end with it."""
+    with contextlib.suppress(OSError):
+        while line.recv(64):
+            stopped.set()
+    os._exit(1)
+
+
+def _confine(work: Path) -> None:
+    """Take from this process what it does not need: Paddle is loaded, for which it runs programs, and no data yet."""
+    if load(PoolSettings).confine:
+        gpu = bool(os.environ.get("CUDA_VISIBLE_DEVICES"))
+        if lacking := confine(gpu=gpu, connects=False, writes=str(work)):
+            print(f"not kept from its host's files and programs: {lacking}", file=sys.stderr)  # noqa: T201
+
+
+def _do(
+    job: Job, work: Path, send: Callable[[Message], None], stopped: threading.Event, line: socket.socket | None
+) -> Done | Failed:
     if job.version != millpond.__version__:
         return Failed(
             f"{sys.executable} has millpond {millpond.__version__} and this is {job.version}: install the same there."
@@ -67,6 +79,9 @@ def _do(job: Job, work: Path, send: Callable[[Message], None], stopped: threadin
         from millpond.learn.paddle.loop import train
     except ImportError as error:
         return Failed(missing(sys.executable, str(error)))
+    if line is not None:
+        _confine(work)
+        threading.Thread(target=_follow, args=(line, stopped), name="lease", daemon=True).start()
     try:
         return train(job, work, send, stopped.is_set)
     except MillpondError as error:

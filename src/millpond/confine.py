@@ -1,6 +1,7 @@
-"""What a worker process may do to its host: compute, talk to its callers, and read the libraries that this takes.
+"""What a process that computes for others may do to its host: that, and read the libraries that it takes.
 
-Native kernels run on a client's arguments, so one may be made to run its code. What is taken away here needs no
+Native kernels run on a client's arguments, so one may be made to run its code: in the pool's workers, and in Paddle's
+training for a lease. What is taken away here needs no
 privileges and cannot be had back: new privileges, and root's, core dumps, large files, being read by others; and,
 where the kernel has Landlock (5.13 and later), other files, programs, processes and connections.
 """
@@ -59,15 +60,17 @@ def environment(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environ.items() if name.startswith(INHERITED)}
 
 
-def confine(*, gpu: bool, connects: bool, files: Iterable[str] = ()) -> str:
+def confine(*, gpu: bool, connects: bool, files: Iterable[str] = (), writes: str = "") -> str:
     """Take from this process, whose only thread this must be, what a worker does not need; return what could not be.
 
-    `connects` is whether it calls others (its peers), `files` what else it reads.
+    `connects` is whether it calls others (its peers), `files` what else it reads, `writes` the one directory in which
+    it may also write, make, rename and delete files.
     """
     if gpu:
         _make_devices()
     limits = {resource.RLIMIT_CORE: 0, resource.RLIMIT_NOFILE: MAX_FILES}
-    limits |= {} if gpu else {resource.RLIMIT_FSIZE: MAX_FILE_BYTES}  # which holds for a driver's shared memory too
+    if not gpu and not writes:  # it holds for a driver's shared memory too
+        limits[resource.RLIMIT_FSIZE] = MAX_FILE_BYTES
     for limit, most in limits.items():
         soft, hard = (most if was == resource.RLIM_INFINITY else min(was, most) for was in resource.getrlimit(limit))
         resource.setrlimit(limit, (soft, hard))
@@ -78,9 +81,10 @@ def confine(*, gpu: bool, connects: bool, files: Iterable[str] = ()) -> str:
     version = _libc.syscall(_CREATE_RULESET, None, 0, 1)
     if version < 1:
         return f"this host's kernel has no Landlock ({os.strerror(ctypes.get_errno())})"
-    if not _restrict(version, gpu, connects, files):
+    if not _restrict(version, gpu, connects, files, writes):
         return f"this host's kernel refuses a Landlock ruleset ({os.strerror(ctypes.get_errno())})"
-    return ""
+    others = len(os.listdir("/proc/self/task")) - 1  # noqa: PTH208
+    return f"{others} thread(s) began before" if others else ""
 
 
 def _make_devices() -> None:
@@ -91,7 +95,7 @@ def _make_devices() -> None:
             subprocess.run([program, "-u", "-c=0"], check=False, timeout=30)
 
 
-def _restrict(version: int, gpu: bool, connects: bool, files: Iterable[str]) -> bool:
+def _restrict(version: int, gpu: bool, connects: bool, files: Iterable[str], writes: str) -> bool:
     handled = (1 << _FILE_RIGHTS.get(version, 16)) - 1
     tcp = _CONNECT_TCP if version >= 4 and not connects else 0
     attributes = struct.pack("QQQ", handled, tcp, _SCOPES if version >= 6 else 0)
@@ -104,6 +108,8 @@ def _restrict(version: int, gpu: bool, connects: bool, files: Iterable[str]) -> 
         for pattern in (*DEVICES, *(GPU_DEVICES if gpu else ())):
             for path in glob.glob(pattern):  # noqa: PTH207
                 _allow(ruleset, path, (_OF_FILES | _READ_DIR | _MAKE_FILE | _REMOVE_FILE) & handled)
+        if writes:
+            _allow(ruleset, writes, (_OF_FILES | _READ_DIR | _MAKE_FILE | _REMOVE_FILE) & handled)
         return bool(_libc.syscall(_RESTRICT_SELF, ruleset, 0) == 0)
     finally:
         os.close(ruleset)
