@@ -341,3 +341,23 @@ assert used() - before <= loss.nbytes, (before, used())
 def test_a_process_without_a_lease_compiles_as_ever():
     program = "import torch; assert torch._TorchCompileInductorWrapper.__call__.__module__ == 'torch'"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+def test_a_compiled_function_follows_the_default_dtype(worker):
+    run(
+        worker,
+        """
+@torch.compile
+def scaled(x):
+    return x * 0.1 + torch.ones(3, device=x.device)
+
+x = torch.arange(3)
+there = x.to("pool")
+for default in (torch.float32, torch.float64, torch.float32, torch.float64):
+    torch.set_default_dtype(default)
+    for _ in range(3):
+        result = scaled(there)
+        assert torch.equal(result.cpu(), x * 0.1 + torch.ones(3)), default
+assert items(scaled, there)[0] == {"Run": 1}
+""",
+    )

@@ -781,3 +781,12 @@ def test_one_number_of_a_larger_tensor_crosses_whatever_its_stride_is():
         there = x.to("pool")
         assert torch.zeros_like(x).copy_(there).equal(x)
         assert there.cpu().equal(x)
+
+
+@on_device
+def test_linspace_between_numbers_on_the_device_is_where_it_is_asked_for():
+    start = torch.tensor(1.0, device="pool")
+    assert torch.equal(torch.linspace(start, 3, 3), torch.tensor([1.0, 2.0, 3.0]))
+    there = torch.logspace(start, start + 2, 3, device="pool")
+    assert there.is_pool
+    assert torch.equal(there.cpu(), torch.tensor([10.0, 100.0, 1000.0]))

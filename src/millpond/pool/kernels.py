@@ -88,7 +88,7 @@ def call(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _plan(session: Session, key: tuple[Any, ...], op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
     if len(session.plans) >= MAX_PLANS:
         session.plans.clear()
-    plan = session.plans[key] = make(op, len(session.plans), session.index, args, kwargs)
+    plan = session.plans[key] = make(op, len(session.plans), session.index, key[1], args, kwargs)
     session.issue(plan.define, plan)
     return plan
 
@@ -418,6 +418,8 @@ COMPOSED = {
     "_to_sparse",  # by `sparse`
     *("_thnn_fused_lstm_cell", "_thnn_fused_gru_cell", "conv_tbc"),  # by `shims`
     "_pack_padded_sequence",  # its lengths are in the host's memory, and decide what comes out
+    *(f"linspace.{ends}" for ends in ("Tensor_Tensor", "Tensor_Scalar", "Scalar_Tensor")),  # made where it is asked for
+    *(f"logspace.{ends}" for ends in ("Tensor_Tensor", "Tensor_Scalar", "Scalar_Tensor")),  # likewise
 }
 """Ops that PyTorch itself composes of others, and should: views, and what asks only for metadata."""
 
@@ -440,7 +442,7 @@ def register(library: torch.library.Library) -> None:
         if (
             name == full
             or name in SPECIAL
-            or base in COMPOSED
+            or COMPOSED & {base, name}
             or has(full, "CompositeImplicitAutograd")
             or DENIED.match(full)
         ):

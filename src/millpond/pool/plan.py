@@ -1,8 +1,8 @@
 """From a call of an op to a plan: what it is by signature, what comes out of it, and how the worker is told.
 
-A signature is an op with the geometry of its operands and everything else but plain numbers. What comes out is asked
-of PyTorch's meta kernels; where they cannot know, or are known to be wrong, of the worker; once per signature, and at
-every call only where values decide.
+A signature is an op with the geometry of its operands, PyTorch's default dtype and everything else but plain numbers.
+What comes out is asked of PyTorch's meta kernels; where they cannot know, or are known to be wrong, of the worker; once
+per signature, and at every call only where values decide.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class Signature:
 
     def __init__(self, op: Op) -> None:
         self.op = op
-        self.key: list[Any] = [op.name]
+        self.key: list[Any] = [op.name, torch.get_default_dtype()]
         self.remotes: list[Remote] = []
         self.numbers: list[Any] = []
         self.session: Any = None
@@ -218,8 +218,8 @@ class Plan:
         return self.what
 
 
-def make(op: Op, plan_id: int, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
-    """Return the plan for a call on device `index`; its `define` tells the worker.
+def make(op: Op, plan_id: int, index: int, default: torch.dtype, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
+    """Return the plan for a call on device `index` under a default dtype; its `define` tells the worker.
 
     Raises:
         Whatever PyTorch raises when the operands do not fit the op; the call then never leaves this process.
@@ -241,7 +241,8 @@ def make(op: Op, plan_id: int, index: int, args: tuple[Any, ...], kwargs: dict[s
         None if mold is None else wire.Geometry(codec.DTYPE_NAMES[mold.dtype], mold.sizes, mold.strides)
         for mold in plan.molds
     ]
-    plan.define = wire.Define(plan_id, op.name, arguments, keywords, believed)
+    default_dtype: Any = codec.DTYPE_NAMES[default]
+    plan.define = wire.Define(plan_id, op.name, arguments, keywords, believed, default_dtype)
     return plan
 
 

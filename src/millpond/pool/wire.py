@@ -207,6 +207,7 @@ class Define(msgspec.Struct, frozen=True, tag="define", array_like=True):
     """Define a plan: an op with everything that does not change from call to call.
 
     `results` is what comes out, flat: a geometry, None for an undefined tensor; `alias` ones are not listed.
+    `default_dtype` is the program's, by which the op promotes numbers and integers.
     """
 
     plan: Annotated[int, Meta(ge=0, lt=MAX_PLANS)]
@@ -214,6 +215,7 @@ class Define(msgspec.Struct, frozen=True, tag="define", array_like=True):
     arguments: Annotated[list[Argument], Meta(max_length=256)]
     keywords: Annotated[dict[Name, Argument], Meta(max_length=256)]
     results: Annotated[list[Geometry | None], Meta(max_length=MAX_ITEMS)]
+    default_dtype: Literal["float32", "float64", "float16", "bfloat16"] = "float32"
 
 
 class Call(msgspec.Struct, frozen=True, tag="call", array_like=True, gc=False):
