@@ -59,10 +59,12 @@ Result = dict[str, Any]
 
 
 class Site:
-    """A worker, and the program that runs cases on it; started when needed, and again after a crash."""
+    """A worker, if `leased`, and the program that runs cases on it; started when needed, and again after a crash."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *command: str, leased: bool = True) -> None:
         self.directory = directory
+        self.command = command or (str(HERE / "cases.py"),)
+        self.leased = leased
         self.worker: WorkerProcess | None = None
         self.program: subprocess.Popen[str] | None = None
 
@@ -86,12 +88,12 @@ class Site:
         return {**case, "outcome": "crash", "message": why or f"the program ended: {code}", "seconds": seconds}
 
     def _start(self) -> None:
-        self.worker = WorkerProcess(4 * GIB, log=self.directory / "worker.log")
-        environment = self.worker.environment()
+        if self.leased:
+            self.worker = WorkerProcess(4 * GIB, log=self.directory / "worker.log")
         with (self.directory / "program.log").open("ab") as log:
             self.program = subprocess.Popen(
-                [sys.executable, str(HERE / "cases.py")],
-                env=environment,
+                [sys.executable, *self.command],
+                env=self.worker.environment() if self.worker is not None else None,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

@@ -1,0 +1,114 @@
+"""PyTorch's own device-generic tests on the pool device, beside plain CPU.
+
+    MILLPOND_TORCH_TESTS=DIR python tests/pool/conformance/device_generic.py [FILE …] [--only REGEX] [--json F] [--page]
+
+DIR holds test files of PyTorch's source tree (`test/test_view_ops.py`, …) as of the torch that is installed; they are
+no part of this repository. The worker and the program on the device are processes of their own, over a real socket.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+import rich.console
+import rich.progress
+import torch
+
+from pool.conformance.sweep import HERE, Result, Site
+
+PAGE = HERE.parents[2] / "docs/reference/device-generic-tests.md"
+FILES = ("test_view_ops.py", "test_shape_ops.py", "test_type_promotion.py", "test_indexing.py")
+"""What is run unless others are named."""
+
+HEAD = """# PyTorch's device-generic tests on the pool device
+
+PyTorch's test suite writes many of its tests once for all devices (`torch.testing._internal.common_device_type`). Here
+they are run on `pool:0`, with a CPU worker in another process over a real socket, and on plain CPU; only what passes on
+plain CPU counts. What is skipped are tests that PyTorch has for its own devices alone.
+
+*This page is written by `python tests/pool/conformance/device_generic.py FILE … --page`, of PyTorch's test files.*
+"""
+
+REASONS: dict[str, str] = {}
+"""Why a test fails that is not to be mended: by a regular expression for its name or message."""
+
+
+def compare(file: Path, directory: Path, only: str = "") -> list[Result]:
+    """Return what came of each test of a file that passes on plain CPU, on the pool; show how far it is."""
+    program = str(HERE / "generic_tests.py")
+    console = rich.console.Console(stderr=True)
+    with (
+        Site(directory, program, str(file), "cpu", leased=False) as host,
+        Site(directory, program, str(file), "pool") as pool,
+    ):
+        both = set(pool.run({})["names"])
+        names = [name for name in host.run({})["names"] if name in both and re.search(only, name)]
+        shown = rich.progress.track(names, file.name, console=console)
+        counted = [name for name in shown if host.run({"name": name})["outcome"] == "pass"]
+        shown = rich.progress.track(counted, f"{file.name} on the pool", console=console)
+        return [{"file": file.name, **pool.run({"name": name})} for name in shown]
+
+
+def row(file: str, results: Sequence[Result]) -> str:
+    """Return the page's line about a file."""
+    counts = Counter(result["outcome"] for result in results)
+    failed = len(results) - counts["pass"] - counts["skipped"]
+    return f"| `{file}` | {len(results)} | {counts['pass']} | {failed} | {counts['skipped']} |"
+
+
+def reason(result: Result) -> str:
+    """Return why a test fails, as the page says it: what is known of it, or the first line of its error."""
+    for pattern, why in REASONS.items():
+        if re.search(pattern, result["name"]) or re.search(pattern, result["message"]):
+            return why
+    return result["message"].splitlines()[0].replace("|", "\\|")[:160]
+
+
+def page(results: dict[str, list[Result]]) -> str:
+    """Return docs/reference/device-generic-tests.md."""
+    lines = [HEAD, f"torch {torch.__version__.partition('+')[0]}.", ""]
+    lines += ["| file | pass on plain CPU | on the pool | fail | skipped |", "|---|---|---|---|---|"]
+    lines += [row(file, those) for file, those in results.items()]
+    for file, those in results.items():
+        failed = [result for result in those if result["outcome"] not in ("pass", "skipped")]
+        if failed:
+            lines += ["", f"## {file}", "", "| test | why |", "|---|---|"]
+            lines += [f"| `{result['name']}` | {reason(result)} |" for result in failed]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Run what the arguments say; print a line per test that fails on the pool, and the counts."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("files", nargs="*", default=FILES, help="names of files in MILLPOND_TORCH_TESTS")
+    parser.add_argument("--only", default="", help="a regular expression for names")
+    parser.add_argument("--json", type=Path, help="where the results go, a line per test")
+    parser.add_argument("--page", action="store_true", help=f"write {PAGE.relative_to(PAGE.parents[2])}")
+    options = parser.parse_args()
+    if not (tests := os.environ.get("MILLPOND_TORCH_TESTS")):
+        parser.error("MILLPOND_TORCH_TESTS names no directory: take PyTorch's test files from its source tree")
+    results: dict[str, list[Result]] = {}
+    for name in options.files:
+        with tempfile.TemporaryDirectory() as directory:
+            those = results[name] = compare(Path(tests) / name, Path(directory), options.only)
+        for result in those:
+            if result["outcome"] not in ("pass", "skipped"):
+                print(f"{result['outcome']} {result['name']} ({result['seconds']} s): {result['message'][:600]}")
+        print(row(name, those), flush=True)
+        if options.json:
+            options.json.write_text("".join(json.dumps(r) + "\n" for those in results.values() for r in those))
+    if options.page:
+        PAGE.write_text(page(results))
+
+
+if __name__ == "__main__":
+    main()
