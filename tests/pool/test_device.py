@@ -790,3 +790,48 @@ def test_linspace_between_numbers_on_the_device_is_where_it_is_asked_for():
     there = torch.logspace(start, start + 2, 3, device="pool")
     assert there.is_pool
     assert torch.equal(there.cpu(), torch.tensor([10.0, 100.0, 1000.0]))
+
+
+@on_device
+def test_numbers_as_an_index_cost_no_round_trip():
+    a, n = torch.arange(12.0, device="pool").reshape(3, 4), torch.tensor([2, 0], device="pool")
+    session = torch.pool.session()
+    waits = []
+    requests = session.requests
+    session.requests = lambda *args: waits.append(args) or requests(*args)
+    try:
+        row, numbers = a[n], a[n, 1]
+    finally:
+        session.requests = requests
+    assert not waits
+    assert torch.equal(row.cpu(), torch.tensor([[8.0, 9, 10, 11], [0, 1, 2, 3]]))
+    assert numbers.tolist() == [9.0, 1.0]
+
+
+@on_device
+def test_a_mask_of_bytes_warns_as_everywhere():
+    a, mask = torch.zeros(3, 2, device="pool"), torch.tensor([1, 0, 1], dtype=torch.uint8, device="pool")
+    with pytest.warns(UserWarning, match=r"indexing with dtype torch\.uint8 is now deprecated") as warned:
+        assert a[mask].shape == (2, 2)
+    assert [warning.filename for warning in warned] == ["test_a_mask_of_bytes_warns_as_everywhere.py"]
+    with pytest.warns(UserWarning, match="indexing with dtype"):
+        a.index_put_((mask,), torch.ones((), device="pool"), accumulate=True)
+    assert a.tolist() == [[1, 1], [0, 0], [1, 1]]
+
+
+@on_device
+def test_views_are_copied_into_outputs():
+    a = torch.arange(6.0).reshape(2, 3)
+    for name, *rest in (
+        ("diagonal", 0),
+        ("transpose", 0, 1),
+        ("select", 1, 1),
+        ("unsqueeze", 0),
+        ("expand", (4, 2, 3)),
+    ):
+        copy = getattr(torch, f"{name}_copy")
+        expected = copy(a, *rest)
+        out = torch.empty(0, device="pool")
+        assert copy(a.to("pool"), *rest, out=out) is out
+        assert torch.equal(out.cpu(), expected), name
+    assert torch.diag(a.to("pool"), out=torch.empty(0, device="pool")).tolist() == [0, 4]

@@ -7,14 +7,15 @@ exist at the worker only once it gets there. Views never leave this process: the
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from millpond.pool import codec, cuda, generators, wire
 from millpond.pool.errors import LeaseError, WireError
-from millpond.pool.operators import DENIED
+from millpond.pool.operators import allowed
 from millpond.pool.plan import Op, Plan, Signature, make, on_meta
 from millpond.pool.session import Session
 from millpond.pool.tensors import DEVICE, Mold, Remote, device_of, remote_of, set_storage, use_huge_pages
@@ -25,7 +26,7 @@ aten = torch.ops.aten
 MAX_PLANS = wire.MAX_PLANS // 2
 """Plans that are kept; then all are forgotten, and made again as they are needed."""
 
-INDEXING = ("aten::index", "aten::_index", "aten::_unsafe_index")
+INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put")
 """Ops that take indices in the host's memory, as on a GPU."""
 
 open_session: Callable[[int], Session]
@@ -64,7 +65,7 @@ def call(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if session.failure is not None:
             session.raise_failure()
         plan = session.plans.get(key) or _plan(session, key, op, args, kwargs)
-        if plan.ask and op.without_out is not None:
+        if plan.ask and plan.refusal is None and op.without_out is not None:
             return _into(op, op.without_out, args, kwargs)
         if plan.resizes:
             for place, sizes in plan.resizes:
@@ -96,10 +97,17 @@ def _plan(session: Session, key: tuple[Any, ...], op: Op, args: tuple[Any, ...],
 def _into(op: Op, without_out: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an op with `out=` whose shapes only the worker knows: make its results, then have the outputs take them."""
     made = call(without_out, args, {name: value for name, value in kwargs.items() if name not in op.writes})
-    outs = [kwargs[str(name)] for name in op.writes]
-    for out, result in zip(outs, made if isinstance(made, tuple) else (made,), strict=True):
+    results = made if isinstance(made, tuple) else (made,)
+    outs = {str(name): kwargs[str(name)] for name in op.writes}
+    if any(out.dtype != result.dtype for out, result in zip(outs.values(), results, strict=True)):
+        # Which dtypes it can write to is the op's to say.
+        pairs = zip(outs.items(), results, strict=True)
+        written = {name: torch.empty_like(result, dtype=out.dtype) for (name, out), result in pairs}
+        call(op.outright, args, {**kwargs, **written})
+        results = tuple(written.values())
+    for out, result in zip(outs.values(), results, strict=True):
         copy_(out if out.shape == result.shape else resize(out, result.shape), result)
-    return outs[0] if len(outs) == 1 else tuple(outs)
+    return next(iter(outs.values())) if len(outs) == 1 else tuple(outs.values())
 
 
 def _ask(
@@ -108,6 +116,8 @@ def _ask(
     """Run an op whose results only the worker knows, and wait for them."""
     first = session.new_handles(wire.MAX_ITEMS)
     answer, _ = session.request(wire.Ask(plan.id, handles, first, numbers), wire.Results, plan)
+    if plan.refusal is not None and plan.op.without_out is not None:  # what it made of its outputs' shapes is not known
+        raise plan.refusal
     new: list[Any] = []
     for place, result in enumerate(answer.results):
         if isinstance(result, wire.Geometry):
@@ -139,7 +149,7 @@ def _bring(
     op: Op, signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Move operands in the host's memory to the device where PyTorch allows them there; else refuse as it does."""
-    if signature.session is None or not op.name.startswith(INDEXING):
+    if signature.session is None or op.overload.overloadpacket.__name__ not in INDEXING:
         here = cuda.name(signature.session.index if signature.session else 0)
         raise RuntimeError(
             f"Expected all tensors to be on the same device, but found at least two devices, {here} and "
@@ -418,8 +428,6 @@ COMPOSED = {
     "_to_sparse",  # by `sparse`
     *("_thnn_fused_lstm_cell", "_thnn_fused_gru_cell", "conv_tbc"),  # by `shims`
     "_pack_padded_sequence",  # its lengths are in the host's memory, and decide what comes out
-    *(f"linspace.{ends}" for ends in ("Tensor_Tensor", "Tensor_Scalar", "Scalar_Tensor")),  # made where it is asked for
-    *(f"logspace.{ends}" for ends in ("Tensor_Tensor", "Tensor_Scalar", "Scalar_Tensor")),  # likewise
 }
 """Ops that PyTorch itself composes of others, and should: views, and what asks only for metadata."""
 
@@ -430,31 +438,18 @@ _BAG_BACKWARD = Op(aten._embedding_bag_backward.default)
 
 
 def register(library: torch.library.Library) -> None:
-    """Give every op of `aten` that PyTorch does not compose a kernel for the pool device."""
-    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    """Give every op that a worker runs a kernel for the pool device; PyTorch composes others of them, or refuses."""
     for name, kernel in SPECIAL.items():
         library.impl(name, kernel, "PrivateUse1")  # type: ignore[no-untyped-call]
     for dispatch_key in ("PrivateUse1", "AutogradPrivateUse1"):
         library.impl("scaled_dot_product_attention", attention, dispatch_key)  # type: ignore[no-untyped-call]
-    for full in torch._C._dispatch_get_all_op_names():
+    for full in sorted(allowed()):
         name = full.removeprefix("aten::")
         base, _, overload = name.partition(".")
-        if (
-            name == full
-            or name in SPECIAL
-            or COMPOSED & {base, name}
-            or has(full, "CompositeImplicitAutograd")
-            or DENIED.match(full)
-        ):
-            continue
-        op = getattr(getattr(aten, base), overload or "default")
-        if torch.Tag.inplace_view in op.tags or _is_view(op):
-            continue
-        library.impl(name, _kernel(op), "PrivateUse1")  # type: ignore[no-untyped-call]
-
-
-def _is_view(op: torch._ops.OpOverload) -> bool:
-    return any(value.alias_info is not None and not value.alias_info.is_write for value in op._schema.returns)
+        if name not in SPECIAL and base not in COMPOSED:
+            kernel = _kernel(getattr(getattr(aten, base), overload or "default"))
+            kernel = _warning_of_bytes(kernel) if base in INDEXING else kernel
+            library.impl(name, kernel, "PrivateUse1")  # type: ignore[no-untyped-call]
 
 
 def _kernel(overload: torch._ops.OpOverload) -> Callable[..., Any]:
@@ -467,6 +462,19 @@ def _kernel(overload: torch._ops.OpOverload) -> Callable[..., Any]:
         return call(op, args, kwargs)
 
     return kernel
+
+
+def _warning_of_bytes(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a kernel that warns of masks of bytes, as PyTorch's own do."""
+
+    def indexing(tensor: Tensor, indices: Sequence[Tensor | None], *rest: Any, **options: Any) -> Any:
+        for index in indices:
+            if index is not None and index.dtype is torch.uint8:
+                what = "indexing with dtype torch.uint8 is now deprecated, please use a dtype torch.bool instead."
+                warnings.warn(what, UserWarning, stacklevel=2)
+        return kernel(tensor, indices, *rest, **options)
+
+    return indexing
 
 
 def no_session(index: int) -> Session:

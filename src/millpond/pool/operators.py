@@ -32,6 +32,7 @@ DENIED = re.compile(
     | _grid_sampler_2d_cpu_fallback.* | _index_put_impl | _cum(?:max|min)_helper | _logcumsumexp  # parts of others
     | _cholesky_solve_helper                                                         # likewise
     | .*batch_dim | _make_dep_token | _new_zeros_with_same_feature_meta | _copy_from.* | _to_cpu | lift.*
+    | (?:lin|log)space\.(?:Tensor|Scalar)_.*                                         # made of numbers that are read
     | _reshape_alias_copy | _neg_view_copy | _conj_copy | _foobar                    # no form on the wire
     )(?:\..*)?$""",
     re.VERBOSE,

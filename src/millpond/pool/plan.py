@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import torch
 
-from millpond.pool import codec, cuda, wire
+from millpond.pool import codec, cuda, misfits, wire
 from millpond.pool.operators import new_results
 from millpond.pool.tensors import Mold, Remote, remote_of
 
@@ -59,7 +59,7 @@ class Op:
             or torch.Tag.dynamic_output_shape in overload.tags
             or not all(str(value.type) in ("Tensor", "List[Tensor]", "Optional[Tensor]") for value in schema.returns)
         )
-        """Whether what comes out depends on the values of the operands, so that the worker is asked at every call."""
+        """Whether values of the operands may decide what comes out, so that the worker is asked at every call."""
         self.takes_device = any(argument.name == "device" for argument in arguments)
         self.takes_generator = any(argument.name == "generator" for argument in arguments)
         self.written = [self._place_of_alias(value, arguments) for value in schema.returns]
@@ -85,6 +85,13 @@ class Op:
             ]:
                 return Op(sibling)
         return None
+
+    @functools.cached_property
+    def outright(self) -> Op:
+        """The same op, for outputs that have the shapes of its results already."""
+        op = Op(self.overload)
+        op.without_out = None
+        return op
 
     @staticmethod
     def _place_of_alias(value: Any, arguments: Sequence[Any]) -> int | str | None:
@@ -187,13 +194,15 @@ class Signature:
 class Plan:
     """What a signature comes to: its number at the worker, and the molds of its new results."""
 
-    __slots__ = ("ask", "counts", "define", "id", "index", "molds", "op", "resizes", "what")
+    __slots__ = ("ask", "counts", "define", "id", "index", "molds", "op", "refusal", "resizes", "what")
 
     def __init__(self, op: Op, plan_id: int, index: int) -> None:
         self.op = op
         self.id = plan_id
         self.index = index
-        self.ask = op.by_value or op.name in ASK
+        self.ask = op.name in ASK
+        self.refusal: Exception | None = None
+        """Why the operands seem not to fit: the worker is asked, which says it in the op's own words."""
         self.define: wire.Define
         self.molds: list[Mold | None] = []
         self.counts: list[int | None] = []
@@ -211,7 +220,7 @@ class Plan:
             for result in results
         ]
         self.counts = self.op.counts(len(results))
-        self.ask = False
+        self.ask, self.refusal = False, None
         return msgspec.structs.replace(self.define, results=list(results))
 
     def __str__(self) -> str:
@@ -222,7 +231,7 @@ def make(op: Op, plan_id: int, index: int, default: torch.dtype, args: tuple[Any
     """Return the plan for a call on device `index` under a default dtype; its `define` tells the worker.
 
     Raises:
-        Whatever PyTorch raises when the operands do not fit the op; the call then never leaves this process.
+        RuntimeError: an operand that the op writes to is in the host's memory.
     """
     for place in op.writes:
         written = args[place] if isinstance(place, int) and place < len(args) else kwargs.get(str(place))
@@ -231,6 +240,7 @@ def make(op: Op, plan_id: int, index: int, default: torch.dtype, args: tuple[Any
                 f"Expected out tensor to have device {cuda.name(index)}, but got {written.device} instead"
             )
     plan = Plan(op, plan_id, index)
+    plan.ask |= op.by_value and not _is_known(op, args)
     plan.what = f"{op.name}({', '.join(_shown(args, kwargs))})"
     writer = _Writer(op)
     arguments = [writer.write(value, op.scalar[place]) for place, value in enumerate(args)]
@@ -246,15 +256,24 @@ def make(op: Op, plan_id: int, index: int, default: torch.dtype, args: tuple[Any
     return plan
 
 
+def _is_known(op: Op, args: tuple[Any, ...]) -> bool:
+    """Return whether values do not decide what comes out this time: numbers index, as opposed to masks."""
+    return op.name == "aten::index.Tensor" and all(i is None or i.dtype not in misfits.MASKS for i in args[1])
+
+
 def _infer(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Learn from the meta kernel what comes out."""
     op = plan.op
     meta_args = tuple(on_meta(value) for value in args)
     meta_kwargs = {name: on_meta(value) for name, value in kwargs.items()}
     try:
+        misfits.check(op.name, meta_args, meta_kwargs)
         results = op.overload(*meta_args, **meta_kwargs)
     except NotImplementedError:
         plan.ask = True
+        return
+    except Exception as error:
+        plan.ask, plan.refusal = True, error.with_traceback(None)
         return
     for place in op.writes:
         before = args[place] if isinstance(place, int) and place < len(args) else kwargs.get(str(place))

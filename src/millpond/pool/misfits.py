@@ -1,0 +1,44 @@
+"""Operands that do not fit their op, where PyTorch's meta kernel for it does not look: so that the error comes at once.
+
+Whatever is raised here is only a doubt. The worker is then asked, and says in the op's own words what is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+Tensor = torch.Tensor
+aten = torch.ops.aten
+
+MASKS = (torch.bool, torch.uint8)
+"""Dtypes of indices of which the values decide how many there are."""
+
+
+def check(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    """Raise any exception if the operands of an op, as meta tensors, may not fit it."""
+    if (doubt := _DOUBTS.get(name)) is not None:
+        doubt(*args, **kwargs)
+
+
+def _index_put(target: Tensor, indices: Sequence[Tensor | None], values: Tensor, *_: Any, **_options: Any) -> None:
+    places: list[Tensor | None] = []
+    for index in indices:
+        if index is None or index.dtype not in MASKS:
+            places.append(index)
+        elif index.dtype is torch.uint8 or index.shape != target.shape[len(places) :][: index.dim()]:
+            raise IndexError("a mask of another shape than what it is for, or one of bytes")
+        else:
+            places += [index.new_empty((1,), dtype=torch.int64)] * index.dim()
+    found = aten.index.Tensor(target, places)
+    if values.dtype != target.dtype:
+        raise RuntimeError("values of another dtype")
+    if len(places) == len(indices) and not any(index is not None and index.dtype in MASKS for index in indices):
+        values.expand(found.shape)
+
+
+_DOUBTS: dict[str, Callable[..., None]] = dict.fromkeys(
+    ("aten::index_put", "aten::index_put_", "aten::_unsafe_index_put", "aten::_index_put_impl_"), _index_put
+)

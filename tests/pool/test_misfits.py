@@ -1,0 +1,44 @@
+"""A call that does not fit its op fails at once on the pool device, and says what it says everywhere."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pool.test_device import on_device
+
+
+@on_device
+def test_operands_that_do_not_fit_are_refused_at_once_in_the_words_of_pytorch():
+    def complaints(device):
+        a, n = torch.arange(12.0, device=device).reshape(3, 4), torch.arange(3, device=device)
+        mask = torch.zeros(4, dtype=torch.bool, device=device)
+        calls = (
+            lambda: a.__setitem__(([0, 1], [0, 1, 2]), 0),
+            lambda: a.index_put_((n,), torch.ones(5, device=device)),
+            lambda: a.index_put_((n,), torch.ones((), dtype=torch.float64, device=device)),
+            lambda: a.index_put_((mask,), torch.ones((), device=device)),
+            lambda: a[n, n, n],
+            lambda: a[[0, 1], [0, 1, 2]],
+            lambda: a[mask],
+            lambda: torch.nonzero(a, out=torch.empty(0, device=device)),
+            lambda: torch.masked_select(a, a > 1, out=torch.empty(0, dtype=torch.int64, device=device)),
+            lambda: torch.clamp(a),
+            lambda: torch.add(n, n, alpha=1.5),
+            lambda: torch.add(n, 1, out=torch.empty(3, dtype=torch.bool, device=device)),
+            lambda: torch.sqrt(n, out=torch.empty(3, dtype=torch.int64, device=device)),
+            lambda: n.add_(1.5),
+            lambda: a @ a,
+            lambda: torch.cat([a, n]),
+            lambda: torch.nn.functional.conv2d(a, a),
+        )
+        for call in calls:
+            with pytest.raises(Exception, match=r".") as raised:
+                call()
+            kind = next(
+                kind for kind in (IndexError, ValueError, TypeError, RuntimeError) if raised.errisinstance(kind)
+            )
+            yield kind, str(raised.value).partition("\n")[0]
+
+    assert list(complaints("pool")) == list(complaints("cpu"))
+    torch.pool.synchronize()  # nothing comes late
