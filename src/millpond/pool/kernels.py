@@ -26,8 +26,11 @@ aten = torch.ops.aten
 MAX_PLANS = wire.MAX_PLANS // 2
 """Plans that are kept; then all are forgotten, and made again as they are needed."""
 
-INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put")
+INDEXING = ("aten::index", "aten::_index", "aten::_unsafe_index")
 """Ops that take indices in the host's memory, as on a GPU."""
+
+MASKING = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put")
+"""Ops that take masks among their indices."""
 
 open_session: Callable[[int], Session]
 """Returns the session of a device; set by `device.register`."""
@@ -149,7 +152,7 @@ def _bring(
     op: Op, signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Move operands in the host's memory to the device where PyTorch allows them there; else refuse as it does."""
-    if signature.session is None or op.overload.overloadpacket.__name__ not in INDEXING:
+    if signature.session is None or not op.name.startswith(INDEXING):
         here = cuda.name(signature.session.index if signature.session else 0)
         raise RuntimeError(
             f"Expected all tensors to be on the same device, but found at least two devices, {here} and "
@@ -448,7 +451,7 @@ def register(library: torch.library.Library) -> None:
         base, _, overload = name.partition(".")
         if name not in SPECIAL and base not in COMPOSED:
             kernel = _kernel(getattr(getattr(aten, base), overload or "default"))
-            kernel = _warning_of_bytes(kernel) if base in INDEXING else kernel
+            kernel = _warning_of_bytes(kernel) if base in MASKING else kernel
             library.impl(name, kernel, "PrivateUse1")  # type: ignore[no-untyped-call]
 
 

@@ -23,6 +23,15 @@ def check(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         doubt(*args, **kwargs)
 
 
+def _index(target: Tensor, places: Sequence[Tensor | None]) -> Tensor:
+    """Return what indexing finds."""
+    found: Tensor = aten.index.Tensor(target, places)
+    sizes = [target.size(place) for place, index in enumerate(places) if index is not None]
+    if 0 in sizes and all(index is None or index.numel() for index in places):
+        raise IndexError("an index into nothing")
+    return found
+
+
 def _index_put(target: Tensor, indices: Sequence[Tensor | None], values: Tensor, *_: Any, **_options: Any) -> None:
     places: list[Tensor | None] = []
     for index in indices:
@@ -32,13 +41,24 @@ def _index_put(target: Tensor, indices: Sequence[Tensor | None], values: Tensor,
             raise IndexError("a mask of another shape than what it is for, or one of bytes")
         else:
             places += [index.new_empty((1,), dtype=torch.int64)] * index.dim()
-    found = aten.index.Tensor(target, places)
+    found = _index(target, places)
     if values.dtype != target.dtype:
         raise RuntimeError("values of another dtype")
     if len(places) == len(indices) and not any(index is not None and index.dtype in MASKS for index in indices):
         values.expand(found.shape)
 
 
-_DOUBTS: dict[str, Callable[..., None]] = dict.fromkeys(
-    ("aten::index_put", "aten::index_put_", "aten::_unsafe_index_put", "aten::_index_put_impl_"), _index_put
-)
+def _alpha(x: Any, other: Any, *_: Any, alpha: Any = 1, **_out: Any) -> None:
+    dtype = torch.result_type(x, other)
+    fits = {bool: dtype is torch.bool, float: dtype.is_floating_point or dtype.is_complex, complex: dtype.is_complex}
+    if not fits.get(type(alpha), True):
+        raise RuntimeError("a factor of another kind than what it is for")
+
+
+_DOUBTS: dict[str, Callable[..., Any]] = {
+    **dict.fromkeys(("aten::index.Tensor", "aten::_unsafe_index.Tensor"), _index),
+    **dict.fromkeys(("aten::index_put", "aten::index_put_"), _index_put),
+    **dict.fromkeys(("aten::_unsafe_index_put", "aten::_index_put_impl_"), _index_put),
+    **{f"aten::{name}{form}": _alpha for name in ("add", "sub") for form in (".Tensor", "_.Tensor", ".out")},
+    "aten::rsub.Tensor": _alpha,
+}
