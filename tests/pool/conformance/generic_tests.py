@@ -64,7 +64,8 @@ def load(file: Path, device: str) -> dict[str, unittest.TestCase]:
         if isinstance(owner, type) and issubclass(owner, DeviceTypeTestBase) and owner.__module__ == file.stem:
             for name in unittest.defaultTestLoader.getTestCaseNames(owner):
                 before, _, after = name.rpartition(f"_{device}")
-                tests[f"{owner.__name__.removesuffix(KIND[device].upper())}.{before}{after}"] = owner(name)
+                kind = owner.__name__.removesuffix(KIND[device].upper()).removesuffix(device.upper())
+                tests[f"{kind}.{before}{after}"] = owner(name)
     return tests
 
 
