@@ -835,3 +835,24 @@ def test_views_are_copied_into_outputs():
         assert copy(a.to("pool"), *rest, out=out) is out
         assert torch.equal(out.cpu(), expected), name
     assert torch.diag(a.to("pool"), out=torch.empty(0, device="pool")).tolist() == [0, 4]
+
+
+@on_device
+def test_a_lazily_negated_view_of_a_whole_is_negative_wherever_it_goes():
+    x = torch.arange(1.0, 4.0, device="pool")
+    negative = torch._neg_view(x)
+    assert negative.tolist() == [-1, -2, -3]
+    assert (negative * 2).tolist() == [-2, -4, -6]
+    assert (x * 2).tolist() == [2, 4, 6]
+    other = torch.zeros(3, device="pool")
+    other.copy_(negative)
+    assert other.tolist() == [-1, -2, -3]
+    other._neg_view().copy_(x * 5)
+    assert other.tolist() == [-5, -10, -15]
+
+
+@on_device
+def test_a_number_is_copied_into_a_tensor():
+    x = torch.zeros(2, 3, device="pool")
+    x[0].copy_(torch.inf)
+    assert x.tolist() == [[torch.inf] * 3, [0] * 3]

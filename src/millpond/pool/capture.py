@@ -260,7 +260,7 @@ def _signature(inputs: Sequence[Any]) -> tuple[Session | None, Key, list[int]]:
         session = remote.session
         geometry = _geometry(value)
         key.append(geometry)
-        if geometry != remote.geometry or value.dtype.is_complex:
+        if geometry != remote.geometry or value.dtype.is_complex or remote.negated:
             key.append((remote.geometry, value.is_neg(), value.is_conj()))
         key.append(places.setdefault(remote.handle, len(places)))
     return session, tuple(key), list(places)

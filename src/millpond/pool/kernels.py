@@ -172,10 +172,12 @@ def _bring(
 # --- special ops: bytes in and out, storages -----------------------------------------------------------------------
 
 
-def copy_(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+def copy_(target: Tensor, source: Tensor | complex, non_blocking: bool = False) -> Tensor:
     """Copy between the pool and the host's memory, or within the pool."""
     if target is source:
         return target
+    if not isinstance(source, Tensor):  # PyTorch hands a number on as what it was in Python
+        return target.fill_(source)
     there, here = device_of(target).type == DEVICE, device_of(source).type == DEVICE
     if there and here and device_of(target) != device_of(source):
         return copy_(target, _across(source, device_of(target)))

@@ -17,10 +17,18 @@ MASKS = (torch.bool, torch.uint8)
 """Dtypes of indices of which the values decide how many there are."""
 
 
-def check(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+def check(op: torch._ops.OpOverload, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
     """Raise any exception if the operands of an op, as meta tensors, may not fit it."""
     if (doubt := _DOUBTS.get(name)) is not None:
         doubt(*args, **kwargs)
+    if torch.Tag.pointwise in op.tags and op._schema.name.endswith("_"):
+        _in_place(*args)
+
+
+def _in_place(target: Tensor, *operands: Any, **_options: Any) -> None:
+    for operand in operands:
+        if isinstance(operand, Tensor):
+            operand.expand(target.shape)
 
 
 def _index(target: Tensor, places: Sequence[Tensor | None]) -> Tensor:
@@ -55,10 +63,18 @@ def _alpha(x: Any, other: Any, *_: Any, alpha: Any = 1, **_out: Any) -> None:
         raise RuntimeError("a factor of another kind than what it is for")
 
 
+def _masked_scatter(target: Tensor, mask: Tensor, source: Tensor, *_: Any) -> None:
+    mask.expand(target.shape)
+    if source.dtype != target.dtype or mask.dtype is not torch.bool:
+        raise RuntimeError("numbers of another dtype, or a mask that is none")
+
+
 _DOUBTS: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("aten::index.Tensor", "aten::_unsafe_index.Tensor"), _index),
     **dict.fromkeys(("aten::index_put", "aten::index_put_"), _index_put),
     **dict.fromkeys(("aten::_unsafe_index_put", "aten::_index_put_impl_"), _index_put),
     **{f"aten::{name}{form}": _alpha for name in ("add", "sub") for form in (".Tensor", "_.Tensor", ".out")},
     "aten::rsub.Tensor": _alpha,
+    **{f"aten::{name}_.Tensor": _in_place for name in ("eq", "ne", "lt", "le", "gt", "ge")},
+    "aten::masked_scatter_": _masked_scatter,
 }

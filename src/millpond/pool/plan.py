@@ -150,8 +150,8 @@ class Signature:
             whole = geometry == remote.geometry
             key.append(geometry)
             key.append(whole)
-            # Asking costs as much as all the rest, and a lazy negation is always a part of a conjugated whole.
-            if value.dtype.is_complex or not whole:
+            # Asking costs as much as all the rest, and a lazy negation is mostly a part of a conjugated whole.
+            if value.dtype.is_complex or not whole or remote.negated:
                 key.append((value.is_neg(), value.is_conj()))
             self.remotes.append(remote)
             if self.session is not remote.session:
@@ -267,7 +267,7 @@ def _infer(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     meta_args = tuple(on_meta(value) for value in args)
     meta_kwargs = {name: on_meta(value) for name, value in kwargs.items()}
     try:
-        misfits.check(op.name, meta_args, meta_kwargs)
+        misfits.check(op.overload, op.name, meta_args, meta_kwargs)
         results = op.overload(*meta_args, **meta_kwargs)
     except NotImplementedError:
         plan.ask = True

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.nn.parameter import Parameter, UninitializedParameter
 
-from millpond.pool.tensors import DEVICE, device_of, storage_device_of
+from millpond.pool.tensors import DEVICE, device_of, remote_of, storage_device_of
 
 Tensor = torch.Tensor
 
@@ -19,6 +19,7 @@ _new_storage: Callable[..., torch.UntypedStorage] = torch.UntypedStorage.__new__
 _write_storage: Callable[..., None] = torch.UntypedStorage._write_file
 _read_storage: Callable[..., torch.UntypedStorage] = torch.UntypedStorage._set_from_file
 _synchronize: Callable[..., None] = torch.accelerator.synchronize
+_negative_view: Callable[..., Tensor] = torch._neg_view
 _swap_tensors: Callable[..., None] = torch.utils.swap_tensors
 _new_lazy: Callable[..., Tensor] = UninitializedParameter
 _get_data: Callable[..., Tensor] = torch._C.TensorBase.data.__get__  # type: ignore[attr-defined]
@@ -36,6 +37,7 @@ def install(library: torch.library.Library) -> None:
     torch.UntypedStorage._set_from_file = read_storage  # type: ignore[method-assign,assignment]
     torch.accelerator.synchronize = synchronize
     torch.utils.swap_tensors = swap_tensors
+    torch._neg_view = Tensor._neg_view = negative_view  # type: ignore[assignment,method-assign]
     Tensor.data = property(_get_data, set_data)  # type: ignore[assignment]
     torch.autograd.profiler.profile.__init__ = profile  # type: ignore[method-assign]
     torch.autograd.graph.save_on_cpu.__init__ = save_on_cpu  # type: ignore[method-assign]
@@ -115,6 +117,13 @@ def swap_tensors(one: Tensor, other: Tensor) -> None:
         _become(one, other)
     else:
         _swap_tensors(one, other)
+
+
+def negative_view(tensor: Tensor) -> Tensor:
+    """Return a view that negates lazily; calls look from then on whether operands in the same storage do."""
+    if (remote := remote_of(tensor)) is not None:
+        remote.negated = True
+    return _negative_view(tensor)
 
 
 def set_data(tensor: Tensor, value: Tensor) -> None:

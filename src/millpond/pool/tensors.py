@@ -65,13 +65,15 @@ class Freed(weakref.ref["Remote"]):
 class Remote:
     """What a storage stands for: a handle at the worker, which is freed when the storage is."""
 
-    __slots__ = ("__weakref__", "geometry", "handle", "session")
+    __slots__ = ("__weakref__", "geometry", "handle", "negated", "session")
 
     def __init__(self, session: Any, handle: int, geometry: Geometry, nbytes: int) -> None:
         self.session = session
         self.handle = handle
         self.geometry = geometry
         """Of the tensor that the storage was made for."""
+        self.negated = False
+        """Whether there is, or was, a lazily negated view of all of it."""
         frees = session.large_frees if nbytes >= LARGE_BYTES else session.frees
         watch = session.watched[handle] = Freed(self, frees.append)
         watch.handle = handle
