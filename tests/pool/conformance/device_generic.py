@@ -33,8 +33,8 @@ HEAD = """# PyTorch's device-generic tests on the pool device
 
 PyTorch's test suite writes many of its tests once for all devices (`torch.testing._internal.common_device_type`). Here
 they are run on `pool:0`, with a CPU worker in another process over a real socket, and on plain CPU; only what passes on
-plain CPU counts. What is skipped are tests that PyTorch has for its own devices alone. The files were those of about the
-same version, as a port of PyTorch to another device has them.
+plain CPU counts. What is skipped are tests that PyTorch has for its own devices alone. The files were those of about
+the same version, as a port of PyTorch to another device has them.
 
 *This page is written by `python tests/pool/conformance/device_generic.py FILE … --page`, of PyTorch's test files.*
 """
