@@ -120,7 +120,7 @@ def _ask(
     first = session.new_handles(wire.MAX_ITEMS)
     answer, _ = session.request(wire.Ask(plan.id, handles, first, numbers), wire.Results, plan)
     if plan.refusal is not None and plan.op.without_out is not None:  # what it made of its outputs' shapes is not known
-        raise plan.refusal
+        raise RuntimeError(plan.refusal)
     new: list[Any] = []
     for place, result in enumerate(answer.results):
         if isinstance(result, wire.Geometry):

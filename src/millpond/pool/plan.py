@@ -201,7 +201,7 @@ class Plan:
         self.id = plan_id
         self.index = index
         self.ask = op.name in ASK
-        self.refusal: Exception | None = None
+        self.refusal: str | None = None
         """Why the operands seem not to fit: the worker is asked, which says it in the op's own words."""
         self.define: wire.Define
         self.molds: list[Mold | None] = []
@@ -273,7 +273,7 @@ def _infer(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         plan.ask = True
         return
     except Exception as error:
-        plan.ask, plan.refusal = True, error.with_traceback(None)
+        plan.ask, plan.refusal = True, str(error)
         return
     for place in op.writes:
         before = args[place] if isinstance(place, int) and place < len(args) else kwargs.get(str(place))
