@@ -115,6 +115,8 @@ MESSAGES: dict[wire.Direction, Any] = {
     "greeting": wire.Greeting,
     "to-worker": wire.ToWorker,
     "from-worker": wire.FromWorker,
+    "to-job": wire.ToJob,
+    "from-job": wire.FromJob,
     "to-peer": wire.ToPeer,
     "from-peer": wire.FromPeer,
     "to-broker": wire.ToBroker,
