@@ -1,9 +1,9 @@
 """What the search of `millpond learn tune` is worth: beside random search at the same number of epochs, over 5 seeds.
 
-Both are the search's own sampler, space and ASHA on the same rows of IMDB's training split, one trial at a time in this
-process (without Ray, which changes no value); only where a trial's values come from differs, and neither begins with
-the defaults. They are compared where the first of them has used up its epochs. The test split is not read.
-Models may be named:
+Three ways to spend the same epochs on the same rows of IMDB's training split: the search (its own sampler, space and
+ASHA), random search, which trains each trial to its end, and random search with ASHA, to tell what the sampler adds.
+One trial at a time in this process (without Ray, which changes no value); none begins with the defaults. Random search
+then goes on, to see what it needs to come as far. The test split is not read. Models may be named:
 
     python benchmarks/bench_tune.py ngram seqcnn
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import math
 import os
 import platform
 import statistics
@@ -45,8 +46,13 @@ from millpond.settings import LearnSettings, load
 
 RESULT = Path(__file__).parent / "results/tune.json"
 SEEDS = range(5)
-ROWS, TRIALS, EPOCHS = 1600, 50, 9
-WAYS = ("tpe", "random")
+ROWS = 1600
+BUDGET, EPOCHS = 100, 9
+"""Epochs of a search, and of a trial at most."""
+MOST_BUDGETS = 2
+"""Random search goes on for so many budgets at most."""
+WAYS = {"tune": ("tpe", True), "random with ASHA": ("random", True), "random": ("random", False)}
+"""What chooses values, and whether ASHA ends trials."""
 CPU = torch.device("cpu")
 RECIPES: dict[str, dict[str, Any]] = {
     "ngram": {
@@ -83,24 +89,31 @@ class _Stopped(BaseException):
     """ASHA has seen enough of a trial."""
 
 
-def search(way: str, recipe: Recipe, data: Dataset, learned: Split, encode: Encode, seed: int) -> list[float]:
-    """Return the lowest validation loss so far after each epoch of a search: its sampler and ASHA, without Ray."""
+def search(
+    way: str, recipe: Recipe, data: Dataset, learned: Split, encode: Encode, seed: int, reach: float
+) -> list[float]:
+    """Return the lowest validation loss so far after each epoch of a search without Ray.
+
+    Random search ends where it has come as far as `reach` says, the others with the budget.
+    """
     table = recipe.tune
     assert table is not None
-    study = optuna.create_study(sampler=sampler_of(msgspec.structs.replace(table, search=way), seed))
+    sampler, with_asha = WAYS[way]
+    study = optuna.create_study(sampler=sampler_of(msgspec.structs.replace(table, search=sampler), seed))
     asha = ASHAScheduler(time_attr="epoch", metric="loss", mode="min", max_t=EPOCHS, reduction_factor=table.reduction)
     space = distributions(recipe.model.architecture, space_of(recipe))
     curve: list[float] = []
-    for number in range(TRIALS):
+    while len(curve) < BUDGET or (curve[-1] > reach and len(curve) < MOST_BUDGETS * BUDGET):
         trial = study.ask(fixed_distributions=space)
-        known: Any = SimpleNamespace(trial_id=str(number))
+        known: Any = SimpleNamespace(trial_id=str(trial.number))
         asha.on_trial_add(None, known)
         losses: list[float] = []
 
         def on_epoch(epoch: Epoch, losses: list[float] = losses, known: Any = known) -> None:
             losses.append(epoch.validation_loss or 0.0)
             curve.append(min([*curve[-1:], losses[-1]]))
-            if asha.on_trial_result(None, known, {"epoch": epoch.epoch, "loss": min(losses)}) == "STOP":
+            decision = asha.on_trial_result(None, known, {"epoch": epoch.epoch, "loss": min(losses)})
+            if with_asha and decision == "STOP":
                 raise _Stopped
 
         tried = applied(recipe, trial.params)
@@ -111,46 +124,49 @@ def search(way: str, recipe: Recipe, data: Dataset, learned: Split, encode: Enco
 
 
 def compare(name: str, seed: int, data: Dataset) -> dict[str, Any]:
-    """Search by both ways, on the same rows; return where each was when the first of them had used up its epochs."""
+    """Search by all ways, on the same rows; return where each was when the budget was used up."""
     given = RECIPES[name] | {"data": {"corpus": "imdb"}, "seed": seed, "train_rows": ROWS}
     recipe = impatient(read_recipe(None, given | {"training": {"epochs": EPOCHS}}))
     learned, held = hold_back(msgspec.structs.replace(recipe, validation=0.5), data, used_rows(recipe, data)[0])
+    curves: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as shared:
         how = (recipe, replace(data, validation=held), learned, partial(shared_encodings, Path(shared)), seed)
-        curves = {way: search(way, *how) for way in (WAYS if seed % 2 == 0 else WAYS[::-1])}
-    epochs = min(map(len, curves.values()))
-    loss = {way: curves[way][epochs - 1] for way in WAYS}
-    as_good = next((count for count, value in enumerate(curves["tpe"], 1) if value <= loss["random"]), None)
+        for way in WAYS:
+            reach = curves["tune"][BUDGET - 1] if way == "random" else math.inf
+            curves[way] = search(way, *how, reach)
+    loss = {way: curve[BUDGET - 1] for way, curve in curves.items()}
+    reached = {
+        way: next((count for count, value in enumerate(curves[way], 1) if value <= loss["tune"]), None) for way in WAYS
+    }
     return {
         "seed": seed,
-        "epochs": epochs,
         "loss": {way: round(value, 5) for way, value in loss.items()},
-        "difference": round(loss["tpe"] - loss["random"], 5),
-        "loss_after_all_trials": {way: round(curves[way][-1], 5) for way in WAYS},
-        "epochs_of_all_trials": {way: len(curves[way]) for way in WAYS},
-        "epochs_of_tpe_to_what_random_reached": as_good,
-        "curves": {way: [round(value, 4) for value in curves[way]] for way in WAYS},
+        "epochs_to_what_tune_reached": reached,
+        "epochs_tried": {way: len(curve) for way, curve in curves.items()},
+        "curves": {way: [round(value, 4) for value in curve] for way, curve in curves.items()},
     }
 
 
 def summed_up(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return what the seeds together say; `t` is that of the paired differences."""
-    differences = [run["difference"] for run in runs]
-    spread = statistics.stdev(differences) if len(differences) > 1 else 0.0
-    mean = {way: statistics.mean(run["loss"][way] for run in runs) for way in WAYS}
-    found = {
+    """Return what the seeds together say: the search beside each other way; `t` is that of the paired differences."""
+    found: dict[str, Any] = {
         "rows": {"learned_from": ROWS // 2, "measured_on": ROWS // 2},
-        "trials": TRIALS,
+        "epochs_of_a_search": BUDGET,
         "most_epochs_of_a_trial": EPOCHS,
-        "mean_loss": {way: round(value, 5) for way, value in mean.items()},
-        "mean_difference": round(statistics.mean(differences), 5),
-        "t": round(statistics.mean(differences) / (spread / len(differences) ** 0.5), 2) if spread else None,
-        "ratio": round(mean["tpe"] / mean["random"], 4),
-        "seeds_won": sum(difference < 0 for difference in differences),
         "seeds": len(runs),
-        "runs": runs,
+        "mean_loss": {way: round(statistics.mean(run["loss"][way] for run in runs), 5) for way in WAYS},
     }
-    return found
+    for way in list(WAYS)[1:]:
+        differences = [run["loss"]["tune"] - run["loss"][way] for run in runs]
+        spread = statistics.stdev(differences) if len(differences) > 1 else 0.0
+        mean = statistics.mean(differences)
+        found[f"tune against {way}"] = {
+            "ratio": round(found["mean_loss"]["tune"] / found["mean_loss"][way], 4),
+            "mean_difference": round(mean, 5),
+            "t": round(mean / (spread / len(differences) ** 0.5), 2) if spread else None,
+            "seeds_won": sum(difference < 0 for difference in differences),
+        }
+    return found | {"runs": runs}
 
 
 def main() -> None:
@@ -170,18 +186,19 @@ def main() -> None:
         for seed in SEEDS:
             runs.append(compare(name, seed, data))
             shown = ", ".join(f"{way} {loss:.4f}" for way, loss in runs[-1]["loss"].items())
-            print(f"  seed {seed}, after {runs[-1]['epochs']} epochs: {shown}", flush=True)
+            needed = runs[-1]["epochs_to_what_tune_reached"]["random"] or f"more than {MOST_BUDGETS * BUDGET}"
+            print(f"  seed {seed}, after {BUDGET} epochs: {shown}; random comes as far in {needed}", flush=True)
             used = {"cpu_s": round(time.process_time() - began, 1)}
             command = {"command": f"python benchmarks/bench_tune.py {name}"}
             result[name] = command | _circumstances() | used | summed_up(runs)
             RESULT.write_text(json.dumps(result, indent=2) + "\n")
-        found = result[name]
-        print(
-            f"  mean of {found['seeds']} seeds at equal epochs: tpe {found['mean_loss']['tpe']:.4f}, random "
-            f"{found['mean_loss']['random']:.4f}, ratio {found['ratio']}, difference {found['mean_difference']} "
-            f"(t = {found['t']}), better in {found['seeds_won']}",
-            flush=True,
-        )
+        for way in list(WAYS)[1:]:
+            against = result[name][f"tune against {way}"]
+            print(
+                f"  tune against {way}, mean of {len(runs)} seeds: ratio {against['ratio']}, difference "
+                f"{against['mean_difference']} (t = {against['t']}), better in {against['seeds_won']}",
+                flush=True,
+            )
     print(f"written to {RESULT}")
 
 
