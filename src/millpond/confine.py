@@ -1,9 +1,9 @@
 """What a process that computes for others may do to its host: that, and read the libraries that it takes.
 
 Native kernels run on a client's arguments, so one may be made to run its code: in the pool's workers, and in Paddle's
-training for a lease. What is taken away here needs no
-privileges and cannot be had back: new privileges, and root's, core dumps, large files, being read by others; and,
-where the kernel has Landlock (5.13 and later), other files, programs, processes and connections.
+training for a lease. What is taken away here needs no privileges and cannot be had back: new privileges, and root's,
+core dumps, large files, being read by others; and, where the kernel has Landlock (5.13 and later), other files,
+programs, processes and connections.
 """
 
 from __future__ import annotations

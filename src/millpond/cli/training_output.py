@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from millpond.settings import LearnSettings, load
+from millpond.terminal import plain
 
 if TYPE_CHECKING:
     from millpond.learn.datasets import Dataset
@@ -187,17 +188,12 @@ def show_inspection(it: Inspection) -> None:
     if it.label_errors is not None and it.label_errors.examples:
         suspects = Table("train row", "label", "likely", "text", title="Labels to look at first", title_justify="left")
         for error in it.label_errors.examples[:5]:
-            shown = escape(" ".join(_printable(error.example.text).split())[:160])
+            shown = escape(" ".join(plain(error.example.text).split())[:160])
             row = f"{error.example.row:,}"
             suspects.add_row(
                 row, escape(error.example.label), f"{escape(error.suggested)} {error.probability:.1%}", shown
             )
         to.print(suspects)
-
-
-def _printable(text: str) -> str:
-    """Return a text without what would move a terminal's cursor or turn its direction."""
-    return "".join(character if character.isprintable() else " " for character in text)
 
 
 def show_bad_rows(dataset: Dataset) -> None:

@@ -122,9 +122,8 @@ class OwnHost:
             log = WorkerLog(start.lease)
             copying = asyncio.create_task(_copy_errors(process, log))
             fault = "" if running.unwanted else await self._follow(start, process, on_report, job)
-            if (
-                not fault and not running.unwanted
-            ):  # it says nothing more, so it is about to end, and why shows in its own exit code
+            if not fault and not running.unwanted:
+                # It says nothing more, so it is about to end, and why shows in its own exit code.
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(process.wait(), EXIT_S)
             running.kill()

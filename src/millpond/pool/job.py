@@ -24,6 +24,7 @@ from millpond.pool.launcher import owner
 from millpond.pool.lease import Lease, get_status, torch_version
 from millpond.pool.link import Dialler, Link
 from millpond.settings import PoolSettings
+from millpond.terminal import plain
 
 PART_BYTES = 4 * 1024 * 1024
 """Of a file, at once."""
@@ -95,7 +96,7 @@ class Job:
     @property
     def where(self) -> str:
         """Return in words where it runs."""
-        return f"the pool's {_plain(self._line.worker.device)}"
+        return f"the pool's {plain(self._line.worker.device)}"
 
     def start(self) -> None:
         """Send the files, and have the job begin.
@@ -119,7 +120,7 @@ class Job:
 
     def why_ended(self) -> str:
         """Return why there are no more lines."""
-        return _plain(self._why)
+        return plain(self._why)
 
     def stop(self) -> None:
         """Have it stop as soon as it can, and keep what it has."""
@@ -332,8 +333,3 @@ class _Line:
         for done in self._undone:
             done.set_exception(ConnectionLost(why))
         self._say(why)
-
-
-def _plain(text: str) -> str:
-    """Return a text from another machine without what would move a terminal's cursor."""
-    return "".join(character if character.isprintable() else " " for character in text)

@@ -46,6 +46,7 @@ from millpond.learn.paddle.messages import (
 )
 from millpond.learn.paddle.place import Child, Place
 from millpond.learn.progress import Epoch, Progress, Training
+from millpond.terminal import plain
 
 STOP_S = 60.0
 """Seconds in which the child must have ended after Ctrl-C: the batch it is at, and writing the weights."""
@@ -122,7 +123,7 @@ def train_in_paddle(
             match message:
                 case Started(version, device):
                     on = f"{child.where} ({device})" if child.where else device
-                    result.trained_by = _plain(f"PaddlePaddle {version} on {on}"[:200])
+                    result.trained_by = plain(f"PaddlePaddle {version} on {on}"[:200])
                 case Stepped(progress):
                     on_progress(progress)
                 case EpochDone(epoch):
@@ -134,7 +135,7 @@ def train_in_paddle(
                     checkpoints.write(position, safetensors.torch.load_file(fetch(CHECKPOINT)))
                     child.drop(CHECKPOINT)
                 case Failed(error):
-                    raise TrainingError(_plain(error))
+                    raise TrainingError(plain(error))
                 case Done():
                     return message
             return None
@@ -150,7 +151,7 @@ def train_in_paddle(
             model.load_weights(safetensors.torch.load_file(fetch(TRAINED)))
         except (OSError, safetensors.SafetensorError, KeyError, RuntimeError) as error:
             raise TrainingError(f"the weights that Paddle has trained cannot be read: {error}") from error
-    result.best, result.ended, result.error = done.best, done.ended, _plain(done.error)
+    result.best, result.ended, result.error = done.best, done.ended, plain(done.error)
     model.eval()
     return result
 
@@ -226,8 +227,3 @@ def _limit(child: Child, seconds: float) -> Iterator[None]:
     finally:
         timer.cancel()
         timer.join()
-
-
-def _plain(text: str) -> str:
-    """Return a text of the child's without what would move a terminal's cursor."""
-    return "".join(character if character.isprintable() else " " for character in text)
