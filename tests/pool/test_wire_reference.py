@@ -55,6 +55,10 @@ def test_each_message_is_on_the_page_with_its_fields(message):
     assert wanted <= set(re.findall(r"`([a-z_]+)`", row))
 
 
+def test_what_a_program_sets_for_its_process_is_on_the_page():
+    assert {field.name for field in msgspec.structs.fields(wire.Numerics)} <= set(re.findall(r"`([a-z0-9_]+)`", PAGE))
+
+
 def test_the_limits_are_those_of_the_code():
     assert wire.MAX_GREETING_BYTES == 4 * 1024
     assert wire.MAX_HEADER_BYTES == 8 * 2**20

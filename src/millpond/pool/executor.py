@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from millpond.pool import codec, guards, operators, wire
-from millpond.pool.default_dtype import DefaultDtype
 from millpond.pool.errors import WireError
 from millpond.pool.link import COPIED_BYTES
+from millpond.pool.numerics import Setting
 
 Getter = Callable[[Sequence[torch.Tensor], Sequence[codec.Number]], Any]
 
@@ -75,7 +75,7 @@ class Plan:
         self.resizes = any(a.kwarg_only and a.alias_info is not None for a in op._schema.arguments)
         """Whether the op writes to outputs that it was given, and resizes them where they do not fit."""
         self.device = device
-        self._default_dtype = DefaultDtype(codec.dtype(define.default_dtype))
+        self._setting = Setting(define.numerics)
         self.operands = self.numbers = 0
         """How many operands and numbers a call must bring."""
         _check_symbols(op, define)
@@ -92,7 +92,7 @@ class Plan:
         """Run the op and yield its new results, flat."""
         arguments = [get(operands, numbers) for get in self._arguments]
         keywords = {name: get(operands, numbers) for name, get in self._keywords.items()}
-        with self._default_dtype:
+        with self._setting:
             if self.guard is not None:
                 self.guard(*arguments, **keywords)
             result = self.op(*arguments, **keywords)

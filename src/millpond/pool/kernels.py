@@ -92,7 +92,7 @@ def call(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _plan(session: Session, key: tuple[Any, ...], op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
     if len(session.plans) >= MAX_PLANS:
         session.plans.clear()
-    plan = session.plans[key] = make(op, len(session.plans), session.index, key[1], args, kwargs)
+    plan = session.plans[key] = make(op, len(session.plans), session.index, key, args, kwargs)
     session.issue(plan.define, plan)
     return plan
 

@@ -1,6 +1,7 @@
 """From a call of an op to a plan: what it is by signature, what comes out of it, and how the worker is told.
 
-A signature is an op with the geometry of its operands, PyTorch's default dtype and everything else but plain numbers.
+A signature is an op with the geometry of its operands, what PyTorch keeps for the process (`numerics`) and everything
+else but plain numbers.
 What comes out is asked of PyTorch's meta kernels; where they cannot know, or are known to be wrong, of the worker; once
 per signature, and at every call only where values decide.
 """
@@ -14,7 +15,7 @@ from typing import Any
 import msgspec
 import torch
 
-from millpond.pool import codec, cuda, misfits, wire
+from millpond.pool import codec, cuda, misfits, numerics, wire
 from millpond.pool.operators import new_results
 from millpond.pool.tensors import Mold, Remote, remote_of
 
@@ -119,7 +120,7 @@ class Signature:
 
     def __init__(self, op: Op) -> None:
         self.op = op
-        self.key: list[Any] = [op.name, torch.get_default_dtype()]
+        self.key: list[Any] = [op.name, numerics.current()]
         self.remotes: list[Remote] = []
         self.numbers: list[Any] = []
         self.session: Any = None
@@ -227,8 +228,8 @@ class Plan:
         return self.what
 
 
-def make(op: Op, plan_id: int, index: int, default: torch.dtype, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
-    """Return the plan for a call on device `index` under a default dtype; its `define` tells the worker.
+def make(op: Op, plan_id: int, index: int, key: Sequence[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan:
+    """Return the plan for a call on device `index` by its signature's key; its `define` tells the worker.
 
     Raises:
         RuntimeError: an operand that the op writes to is in the host's memory.
@@ -251,8 +252,7 @@ def make(op: Op, plan_id: int, index: int, default: torch.dtype, args: tuple[Any
         None if mold is None else wire.Geometry(codec.DTYPE_NAMES[mold.dtype], mold.sizes, mold.strides)
         for mold in plan.molds
     ]
-    default_dtype: Any = codec.DTYPE_NAMES[default]
-    plan.define = wire.Define(plan_id, op.name, arguments, keywords, believed, default_dtype)
+    plan.define = wire.Define(plan_id, op.name, arguments, keywords, believed, numerics.described(key[1]))
     return plan
 
 

@@ -15,7 +15,7 @@ from msgspec import Meta
 
 from millpond.pool.errors import WireError
 
-PROTOCOL = 4
+PROTOCOL = 5
 """Rises when a message changes in a way that an older peer cannot read; both ends must have the same."""
 
 MAX_HEADER_BYTES = 8 * 1024 * 1024
@@ -203,11 +203,33 @@ class EndSession(msgspec.Struct, frozen=True, tag="end-session"):
 # --- client → worker: items of a batch, in order -------------------------------------------------------------------
 
 
+class Numerics(msgspec.Struct, frozen=True, array_like=True):
+    """What the program has set for its whole process and the op computes by; the defaults are PyTorch's.
+
+    Default dtype; precision of float32 products and of cuDNN's convolutions and recurrent layers; whether cuBLAS may
+    reduce float16 and bfloat16 in that precision (and split sums), or accumulate in float16; deterministic algorithms
+    (whether they only warn, and fill new memory); cuDNN itself, its search for the fastest algorithm, its determinism.
+    """
+
+    default_dtype: Literal["float32", "float64", "float16", "bfloat16"] = "float32"
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    conv_tf32: bool = True
+    rnn_tf32: bool = True
+    fp16_reduction: tuple[bool, bool] = (True, True)
+    bf16_reduction: tuple[bool, bool] = (True, True)
+    fp16_accumulation: bool = False
+    deterministic: bool = False
+    deterministic_warns: bool = False
+    deterministic_fill: bool = True
+    cudnn: bool = True
+    cudnn_benchmark: bool = False
+    cudnn_deterministic: bool = False
+
+
 class Define(msgspec.Struct, frozen=True, tag="define", array_like=True):
     """Define a plan: an op with everything that does not change from call to call.
 
     `results` is what comes out, flat: a geometry, None for an undefined tensor; `alias` ones are not listed.
-    `default_dtype` is the program's, by which the op promotes numbers and integers.
     """
 
     plan: Annotated[int, Meta(ge=0, lt=MAX_PLANS)]
@@ -215,7 +237,7 @@ class Define(msgspec.Struct, frozen=True, tag="define", array_like=True):
     arguments: Annotated[list[Argument], Meta(max_length=256)]
     keywords: Annotated[dict[Name, Argument], Meta(max_length=256)]
     results: Annotated[list[Geometry | None], Meta(max_length=MAX_ITEMS)]
-    default_dtype: Literal["float32", "float64", "float16", "bfloat16"] = "float32"
+    numerics: Numerics = Numerics()
 
 
 class Call(msgspec.Struct, frozen=True, tag="call", array_like=True, gc=False):

@@ -1,7 +1,8 @@
-"""A program's default dtype is the pool device's too, and one program's is not another's."""
+"""What a program sets for its whole process counts on the pool device too, and one program's is not another's."""
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -9,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from millpond.pool import default_dtype
-from millpond.pool.default_dtype import DefaultDtype
+from millpond.pool import numerics, wire
+from millpond.pool.numerics import Setting
 from pool.test_device import on_device
 
 
@@ -64,6 +65,89 @@ def test_gradients_follow_the_default_dtype_of_the_forward_pass():
         torch.set_default_dtype(torch.float32)
 
 
+@on_device
+def test_deterministic_algorithms_are_the_workers_too():
+    def work(device):
+        yield torch.empty(3, device=device)  # filled, so that what reads it repeats
+        with pytest.raises(RuntimeError, match="put_ does not have a deterministic implementation"):
+            torch.zeros(4, device=device).put_(torch.tensor([1], device=device), torch.ones(1, device=device)).cpu()
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        for there, host in zip(work("pool"), work("cpu"), strict=True):
+            torch.testing.assert_close(there.cpu(), host, equal_nan=True)
+            assert host.isnan().all()
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.zeros(4, device="pool").put_(torch.tensor([1], device="pool"), torch.ones(1, device="pool")).cpu()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.zeros(4, device="pool").put_(torch.tensor([1], device="pool"), torch.ones(1, device="pool")).cpu()
+
+
+@on_device
+def test_float32_products_are_as_precise_as_the_program_asks_for():
+    torch.manual_seed(3)
+    host = torch.randn(64, 64)
+    there = host.to("pool")
+    try:
+        for precision in ("highest", "medium", "high", "highest"):  # a processor without bfloat16 computes them alike
+            torch.set_float32_matmul_precision(precision)
+            assert torch.equal((there @ there).cpu(), host @ host), precision
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def set_all():
+    """Yield after each setting that a program can make, with what it comes to."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    torch.set_default_dtype(torch.bfloat16)
+    yield {"default_dtype": "bfloat16"}
+    matmul.allow_tf32 = True
+    yield {"matmul_precision": "high"}
+    torch.set_float32_matmul_precision("medium")
+    yield {"matmul_precision": "medium"}
+    cudnn.allow_tf32 = False
+    yield {"conv_tf32": False, "rnn_tf32": False}
+    matmul.allow_fp16_reduced_precision_reduction = False
+    yield {"fp16_reduction": (False, True)}
+    matmul.allow_bf16_reduced_precision_reduction = (False, False)
+    yield {"bf16_reduction": (False, False)}
+    matmul.allow_fp16_accumulation = True
+    yield {"fp16_accumulation": True}
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield {"deterministic": True, "deterministic_warns": True}
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    yield {"deterministic_fill": False}
+    cudnn.enabled = False
+    yield {"cudnn": False}
+    cudnn.benchmark = cudnn.deterministic = True
+    yield {"cudnn_benchmark": True, "cudnn_deterministic": True}
+    torch.set_float32_matmul_precision("highest")
+    matmul.fp32_precision = "tf32"  # the newer settings, beside which the older ones cannot be read
+    cudnn.conv.fp32_precision = "tf32"
+    yield {"matmul_precision": "high", "conv_tf32": True}
+
+
+@pytest.mark.skipif("MILLPOND_POOL_LEASE" in os.environ, reason="this process has a lease")
+def test_every_setting_is_read_and_made_anew_elsewhere():
+    started = wire.Numerics()
+    assert numerics.described(numerics.current()) == started
+    expected: dict[str, object] = {}
+    try:
+        for told in set_all():
+            expected |= told
+            now = numerics.described(numerics.current())
+            assert now == wire.Numerics(**expected)
+            with Setting(started):
+                assert numerics.described(numerics.current()) == started
+            with Setting(now):
+                assert numerics.described(numerics.current()) == now
+    finally:
+        with Setting(started):  # as other tests expect it
+            pass
+    assert len(expected) == len(wire.Numerics.__struct_fields__)
+
+
 PROGRAM = """
 import torch
 torch.set_default_dtype(torch.{default})
@@ -86,16 +170,16 @@ def test_programs_with_different_defaults_share_a_worker(worker):
 
 
 def test_another_default_waits_for_what_runs_and_newcomers_wait_with_it():
-    single, double = DefaultDtype(torch.float32), DefaultDtype(torch.float64)
+    single, double = Setting(wire.Numerics()), Setting(wire.Numerics("float64"))
     order: list[tuple[str, torch.dtype]] = []
 
-    def enter(name: str, default: DefaultDtype) -> None:
+    def enter(name: str, default: Setting) -> None:
         with default:
             order.append((name, torch.get_default_dtype()))
 
     def wait_for(waiting: int) -> None:
         until = time.monotonic() + 10
-        while default_dtype._waiting < waiting:
+        while numerics._waiting < waiting:
             assert time.monotonic() < until
             time.sleep(0.001)
 
