@@ -17,7 +17,7 @@ test: .venv/installed-dev ## Run the tests that take seconds (T="…" passes arg
 	@$(PYTEST) --numprocesses auto $(T)
 
 slow: .venv/installed-dev ## Run the tests that take longer: installs, kills, long training
-	@$(PYTEST) -m slow $(T)
+	@$(PYTEST) -m slow --numprocesses auto --dist worksteal $(T)
 
 browser: .venv/installed-dev ## Run the tests of the pages in a real Chromium
 	@$(PYTEST) -m browser $(T)

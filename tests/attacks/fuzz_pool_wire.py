@@ -224,17 +224,18 @@ def fuzz(
     *,
     tally: Tally,
     way: str | None = None,
+    every: int = 1,
     only: int | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Iterator[str]:
-    """Run `frames` frames; yield what is wrong, each with the session that shows it."""
+    """Run `frames` frames, samples of each `every`-th operator; yield what is wrong, each with the session of it."""
     torch.set_num_threads(1)
     torch.ones(64, 64).matmul(torch.ones(64, 64))  # what is made at first use is made before the limits
     of_session: Callable[[int], Iterator[Frame]]
     if way == pool_frames.SAMPLES:
         named = set(pool_frames.op_names())
         of_session = functools.partial(
-            samples_of, seed, calls=[calls for calls in pool_samples.record() if calls[0].op in named]
+            samples_of, seed, calls=[calls for calls in pool_samples.record(every) if calls[0].op in named]
         )
     else:
         of_session = functools.partial(frames_of, seed, recorded=pool_frames.well_meant(), way=way)

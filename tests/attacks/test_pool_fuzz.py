@@ -79,9 +79,9 @@ def test_every_op_that_is_allowed_can_be_fuzzed():
 
 @pytest.mark.slow
 def test_calls_of_pytorchs_own_tests_with_little_changed_end_in_order():
-    """Half a minute, most of it to record the calls."""
+    """Of a fifth of the operators: half a minute, most of it to record the calls."""
     tally = Tally()
-    assert list(fuzz(5000, 7, tally=tally, way=pool_frames.SAMPLES)) == []
+    assert list(fuzz(5000, 7, tally=tally, way=pool_frames.SAMPLES, every=5)) == []
     started, ended = (sum(tally.counts[place::2].tolist()) for place in (0, 1))
     assert ended > started / 2 > 500
 
