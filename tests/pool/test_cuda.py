@@ -81,6 +81,23 @@ def test_every_way_to_make_a_tensor_on_cuda_makes_one_on_the_pool():
 
 
 @on_cuda
+def test_a_legacy_type_of_cuda_can_be_the_default():
+    import warnings
+
+    try:
+        for kind in ("torch.cuda.HalfTensor", torch.cuda.HalfTensor):
+            torch.set_default_tensor_type(kind)
+            assert (torch.zeros(2).dtype, torch.zeros(2).device) == (torch.float16, torch.device("cuda:0"))
+            with warnings.catch_warnings(action="ignore"):  # that it is deprecated, once in a process
+                torch.set_default_tensor_type(torch.FloatTensor)
+            assert (torch.zeros(2).dtype, torch.zeros(2).device) == (torch.float32, torch.device("cpu"))
+        with pytest.raises(TypeError, match="floating-point"):
+            torch.set_default_tensor_type(torch.cuda.LongTensor)
+    finally:
+        torch.set_default_device(None)
+
+
+@on_cuda
 def test_cuda_is_the_default_device_when_a_program_says_so():
     with torch.device("cuda"):
         assert torch.ones(2).is_cuda

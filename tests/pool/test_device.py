@@ -30,6 +30,24 @@ def test_the_pool_is_the_accelerator():
 
 
 @on_device
+def test_an_output_is_resized_to_the_strides_that_the_op_gives_it():
+    for host in (torch.rand(2, 3, 4), torch.rand(2, 3, 8)[:, :, ::2]):
+        for order in ((0, 1, 2), (2, 0, 1), (1, 2, 0)):
+            operand = host.permute(order)
+            expected = torch.eq(operand, operand, out=torch.empty(0, dtype=torch.bool))
+            there = torch.empty(0, dtype=torch.bool, device="pool")
+            assert torch.eq(operand.to("pool"), operand.to("pool"), out=there).stride() == expected.stride()
+            assert torch.equal(there.cpu(), expected)
+
+
+@on_device
+def test_a_part_of_a_storage_is_refused_in_words_that_say_what_to_do():
+    part = torch.ones(4, device="pool").untyped_storage()[4:8]
+    with pytest.raises(RuntimeError, match="Take parts of tensors, not of storages"):
+        torch.empty(0, device="pool").set_(part).clone()
+
+
+@on_device
 def test_values_of_every_dtype_come_back_as_they_went():
     for name in ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "uint16"):
         host = torch.arange(24).reshape(2, 3, 4).to(getattr(torch, name))

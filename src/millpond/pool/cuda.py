@@ -61,6 +61,7 @@ def install(library: torch.library.Library, module: Any) -> None:
     accelerator.install(module, meant)
     late.install()
     torch.jit.load = _loading(torch.jit.load)
+    torch.set_default_tensor_type = _set_legacy_default
 
 
 def say() -> None:
@@ -237,6 +238,21 @@ def _type(self: Tensor, dtype: Any = None, non_blocking: bool = False, **kwargs:
         name: str = _tensor_type(self)
         return name.replace(f"torch.{DEVICE}.", "torch.cuda.") if _said else name
     return _tensor_type(self, dtype, non_blocking, **kwargs)
+
+
+_set_default_tensor_type: Callable[[Any], None] = torch.set_default_tensor_type
+
+
+def _set_legacy_default(kind: Any) -> None:
+    """`torch.set_default_tensor_type`, which programs from before `torch.set_default_device` call."""
+    legacy = cuda_runtime.legacy_type(kind)
+    if legacy is not None:
+        torch.set_default_dtype(legacy)
+        torch.set_default_device(NAME)
+        return
+    _set_default_tensor_type(kind)
+    if meant(torch.get_default_device()).type == DEVICE:
+        torch.set_default_device("cpu")
 
 
 # --- what cannot be ------------------------------------------------------------------------------------------------

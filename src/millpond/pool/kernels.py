@@ -71,8 +71,8 @@ def call(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if plan.ask and plan.refusal is None and op.without_out is not None:
             return _into(op, op.without_out, args, kwargs)
         if plan.resizes:
-            for place, sizes in plan.resizes:
-                resize(args[place] if isinstance(place, int) else kwargs[place], sizes)
+            for place, sizes, strides in plan.resizes:
+                resize(args[place] if isinstance(place, int) else kwargs[place], sizes, strides)
             return call(op, args, kwargs)
         handles = [remote.handle for remote in signature.remotes]
         numbers = [codec.number(n) if type(n) is complex or type(n) is int else n for n in signature.numbers]
@@ -109,7 +109,7 @@ def _into(op: Op, without_out: Op, args: tuple[Any, ...], kwargs: dict[str, Any]
         call(op.outright, args, {**kwargs, **written})
         results = tuple(written.values())
     for out, result in zip(outs.values(), results, strict=True):
-        copy_(out if out.shape == result.shape else resize(out, result.shape), result)
+        copy_(out if out.shape == result.shape else resize(out, tuple(result.shape), result.stride()), result)
     return next(iter(outs.values())) if len(outs) == 1 else tuple(outs.values())
 
 
@@ -152,6 +152,10 @@ def _bring(
     op: Op, signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Move operands in the host's memory to the device where PyTorch allows them there; else refuse as it does."""
+    if device_of(signature.foreign[0]).type == DEVICE:
+        raise RuntimeError(
+            f"{op.name} of a part of a storage of the pool device. Take parts of tensors, not of storages."
+        )
     if signature.session is None or not op.name.startswith(INDEXING):
         here = cuda.name(signature.session.index if signature.session else 0)
         raise RuntimeError(
@@ -306,10 +310,14 @@ def local_scalar_dense(tensor: Tensor) -> Any:
     return _download(tensor).item()
 
 
-def resize(tensor: Tensor, sizes: Any, memory_format: Any = None) -> Tensor:
+def resize_(tensor: Tensor, sizes: Any, *, memory_format: torch.memory_format | None = None) -> Tensor:
+    """Resize by a memory format."""
+    layout = torch.empty(tuple(sizes), device="meta", memory_format=memory_format or torch.contiguous_format)
+    return resize(tensor, tuple(sizes), layout.stride())
+
+
+def resize(tensor: Tensor, sizes: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
     """Give a tensor other sizes; its storage grows if it must, and keeps what it has."""
-    sizes = tuple(sizes)
-    strides = torch.empty(sizes, device="meta", memory_format=memory_format or torch.contiguous_format).stride()
     span = codec.extent(sizes, strides, int(tensor.storage_offset()))
     storage = tensor.untyped_storage()
     if span * tensor.itemsize > storage.nbytes():
@@ -415,8 +423,8 @@ SPECIAL: dict[str, Callable[..., Any]] = {
     "set_": set_nothing,
     "copy_": copy_,
     "_copy_from": lambda source, target, non_blocking=False: copy_(target, source),
-    "_copy_from_and_resize": lambda source, target: copy_(resize(target, source.shape), source),
-    "resize_": lambda tensor, sizes, *, memory_format=None: resize(tensor, sizes, memory_format),
+    "_copy_from_and_resize": lambda source, target: copy_(resize_(target, source.shape), source),
+    "resize_": resize_,
     "_local_scalar_dense": local_scalar_dense,
     "_embedding_bag_backward": embedding_bag_backward,
     "_to_copy": to_copy,

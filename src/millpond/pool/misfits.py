@@ -23,6 +23,14 @@ def check(op: torch._ops.OpOverload, name: str, args: Sequence[Any], kwargs: dic
         doubt(*args, **kwargs)
     if torch.Tag.pointwise in op.tags and op._schema.name.endswith("_"):
         _in_place(*args)
+    for place, formal in enumerate(op._schema.arguments):
+        if formal.alias_info is not None and formal.alias_info.is_write:
+            _written(args[place] if place < len(args) else kwargs.get(formal.name))
+
+
+def _written(target: Any) -> None:
+    if isinstance(target, Tensor) and any(n > 1 and not step for n, step in zip(target.shape, target.stride())):  # noqa: B905
+        raise RuntimeError("several elements in one place are written to")
 
 
 def _in_place(target: Tensor, *operands: Any, **_options: Any) -> None:

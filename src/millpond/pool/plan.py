@@ -208,8 +208,8 @@ class Plan:
         self.molds: list[Mold | None] = []
         self.counts: list[int | None] = []
         """For each result that is new: None for one tensor, or how many a list has."""
-        self.resizes: list[tuple[int | str, tuple[int, ...]]] = []
-        """Outputs whose shape is not yet what the op will make of them."""
+        self.resizes: list[tuple[int | str, tuple[int, ...], tuple[int, ...]]] = []
+        """Outputs whose shape is not yet what the op will make of them, with that shape and its strides."""
         self.what = ""
 
     def learn(self, results: Sequence[Any]) -> wire.Define:
@@ -279,7 +279,12 @@ def _infer(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         before = args[place] if isinstance(place, int) and place < len(args) else kwargs.get(str(place))
         after = meta_args[place] if isinstance(place, int) and place < len(args) else meta_kwargs.get(str(place))
         if isinstance(before, Tensor) and isinstance(after, Tensor) and before.shape != after.shape:
-            plan.resizes.append((place, tuple(after.shape)))
+            plan.resizes.append((place, tuple(after.shape), after.stride()))
+    if plan.resizes and op.without_out is not None:
+        # Real kernels give an output that they resize the strides of a new result, where meta kernels forget them.
+        fresh = op.without_out.overload(*meta_args, **{n: v for n, v in meta_kwargs.items() if n not in op.writes})
+        made = dict(zip(op.writes, fresh if isinstance(fresh, tuple) else (fresh,), strict=True))
+        plan.resizes = [(place, sizes, made[place].stride()) for place, sizes, _ in plan.resizes]
     for value, new in zip(results if len(op.new) > 1 else (results,), op.new, strict=False):
         if not new:
             continue
