@@ -30,6 +30,26 @@ def test_the_pool_is_the_accelerator():
 
 
 @on_device
+def test_nested_tensors_are_jagged():
+    def work(device):
+        torch.manual_seed(3)
+        rows = [torch.randn(length, 3).to(device).requires_grad_() for length in (2, 0, 4, 1)]
+        layer = torch.nn.Linear(3, 5).to(device)
+        nested = layer(torch.nested.as_nested_tensor(rows, layout=torch.jagged)).relu()
+        padded = torch.nested.to_padded_tensor(nested, -1.0)
+        padded.square().sum().backward()
+        yield from (nested.values(), padded, layer.weight.grad, *(row.grad for row in rows))
+        again = torch.nested.narrow(padded.detach(), 1, 0, torch.tensor([2, 1, 3, 0]).to(device), layout=torch.jagged)
+        yield from (again.contiguous().values(), again.sum())
+
+    for there, host in zip(work("pool"), work("cpu"), strict=True):
+        torch.testing.assert_close(there.cpu(), host)
+    for rows in ([torch.ones(2, device="pool", requires_grad=True)] * 2, [torch.ones(2, device="pool")]):
+        with pytest.raises(NotImplementedError, match=r"layout=torch\.jagged"):
+            torch.nested.as_nested_tensor(rows)
+
+
+@on_device
 def test_an_output_is_resized_to_the_strides_that_the_op_gives_it():
     for host in (torch.rand(2, 3, 4), torch.rand(2, 3, 8)[:, :, ::2]):
         for order in ((0, 1, 2), (2, 0, 1), (1, 2, 0)):

@@ -30,6 +30,9 @@ for function in (
     lambda s, d: s.clone().zero_(), lambda s, d: s.double(), lambda s, d: torch.sparse.sum(s, 0), lambda s, d: s.t(),
 ):
     alike(function(there, dense.to("pool")), function(host, dense))
+one, two = torch.empty(0, 2, dtype=torch.int64), torch.rand(2, 3)  # two values for one place
+alike(torch.sparse_coo_tensor(one.to("pool"), two.to("pool"), (3,)).coalesce(), torch.sparse_coo_tensor(one, two, (3,)))
+alike(torch.sparse_coo_tensor(one.to("pool"), two.to("pool"), (3,)), torch.sparse_coo_tensor(one, two, (3,)))
 assert there.coalesce().norm().item() == host.coalesce().norm().item()
 assert "sparse_coo" in repr(there)
 

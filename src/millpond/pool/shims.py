@@ -5,7 +5,7 @@ Each is here because a program would otherwise fail, or the process end. None ch
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -52,10 +52,13 @@ def install(library: torch.library.Library) -> None:
         "_thnn_fused_gru_cell": gru_cell,
         "_weight_norm": weight_norm,
         "conv_tbc": conv_tbc,
+        **dict.fromkeys(("_nested_tensor_from_tensor_list", "_nested_tensor_from_mask", "_nested_from_padded"), nested),
     }
     for name, composition in composed.items():
         for key in ("PrivateUse1", "AutogradPrivateUse1"):
             library.impl(name, composition, key)  # type: ignore[no-untyped-call]
+    library.impl("_jagged_to_padded_dense_forward", jagged_to_padded, "PrivateUse1")  # type: ignore[no-untyped-call]
+    library.impl("_padded_dense_to_jagged_forward", padded_to_jagged, "PrivateUse1")  # type: ignore[no-untyped-call]
 
 
 def new_storage(cls: type[torch.UntypedStorage], *args: Any, device: Any = None, **kwargs: Any) -> torch.UntypedStorage:
@@ -198,6 +201,37 @@ def conv_tbc(x_TBC: Tensor, weight_KCD: Tensor, bias: Tensor, pad: int = 0) -> T
     """Convolve over time, which comes first; PyTorch's own kernel for that is on no worker's list."""
     y_BDT = torch.conv1d(x_TBC.permute(1, 2, 0), weight_KCD.permute(2, 1, 0), bias, padding=pad)
     return y_BDT.permute(2, 0, 1)
+
+
+def nested(*args: Any, **kwargs: Any) -> Tensor:
+    """Refuse a nested tensor of the older kind: the process would end when it takes part in autograd."""
+    raise NotImplementedError(
+        "nested tensors of the strided layout are not on the pool device. Make them with layout=torch.jagged."
+    )
+
+
+def jagged_to_padded(
+    values_ND: Tensor, offsets: Sequence[Tensor], max_lengths: Sequence[int], padding_value: float = 0.0
+) -> Tensor:
+    """Return rows of several lengths in one padded tensor [B, T, D], of ops that a worker runs."""
+    (ends,), (longest,) = offsets, max_lengths
+    rows_BT = ends[:-1, None] + torch.arange(longest, device=ends.device)
+    if not len(values_ND):
+        return values_ND.new_full((*rows_BT.shape, *values_ND.shape[1:]), padding_value)
+    padded_BTD = values_ND[rows_BT.clamp(max=len(values_ND) - 1)]
+    past_BT = rows_BT >= ends[1:, None]
+    return padded_BTD.masked_fill(past_BT.reshape(*rows_BT.shape, *(1,) * (values_ND.dim() - 1)), padding_value)
+
+
+def padded_to_jagged(dense_BTD: Tensor, offsets: Sequence[Tensor], total_L: int | None = None) -> Tensor:
+    """Return the rows of a padded tensor that are none of its padding, one after another [N, D]."""
+    (ends,) = offsets
+    rows_N = torch.arange(int(ends[-1]) if total_L is None else total_L, device=ends.device)
+    of_N = torch.searchsorted(ends, rows_N, right=True) - 1
+    place_N = rows_N - ends[of_N]
+    last = dense_BTD.size(1) - 1  # where it was padded to less than the longest row has, the rest is zero
+    kept_ND = dense_BTD[of_N, place_N.clamp(max=last)]
+    return kept_ND.masked_fill((place_N > last).reshape(-1, *(1,) * (kept_ND.dim() - 1)), 0)
 
 
 def gru_cell(

@@ -7,6 +7,7 @@ through the host's memory: right, and slow.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -110,11 +111,10 @@ def clone(tensor: Tensor, *, memory_format: Any = None) -> Tensor:
 
 def _flat(tensor: Tensor) -> tuple[Tensor, list[int]]:
     """Return the place of each value among the sparse dimensions laid out in a row, and their strides."""
-    strides = [1]
-    for size in reversed(tensor.shape[1 : tensor.sparse_dim()]):
-        strides.insert(0, strides[0] * size)
     indices = tensor._indices()
-    return sum((indices[d] * stride for d, stride in enumerate(strides)), torch.zeros_like(indices[0])), strides
+    strides = [math.prod(tensor.shape[d + 1 : tensor.sparse_dim()]) for d in range(tensor.sparse_dim())]
+    nowhere = indices.new_zeros(indices.size(1))  # what has no sparse dimension has one place
+    return sum((indices[d] * stride for d, stride in enumerate(strides)), nowhere), strides
 
 
 def coalesce(tensor: Tensor) -> Tensor:
@@ -123,13 +123,16 @@ def coalesce(tensor: Tensor) -> Tensor:
     flat, strides = _flat(tensor)
     places, of_place = torch.unique(flat, return_inverse=True)
     summed = values.new_zeros((places.numel(), *values.shape[1:])).index_add_(0, of_place, values)
-    indices = torch.stack([places // stride % size for stride, size in zip(strides, tensor.shape, strict=False)])
+    rows = [places // stride % size for stride, size in zip(strides, tensor.shape, strict=False)]
+    indices = torch.stack(rows) if rows else tensor._indices().new_empty(0, places.numel())
     return _make(indices, summed, tensor, True)
 
 
 def to_dense(tensor: Tensor, dtype: torch.dtype | None = None, masked_grad: bool | None = None) -> Tensor:
     """`to_dense`."""
     values = tensor._values() if dtype is None else tensor._values().to(dtype)
+    if not tensor.sparse_dim():
+        return values.sum(0)
     return values.new_zeros(tensor.shape).index_put_(tuple(tensor._indices()), values, accumulate=True)
 
 
