@@ -314,6 +314,15 @@ def test_a_name_of_a_file_is_kept_in_characters_that_are_seen(tmp_path: Path, na
     names = read_files("d", tmp_path / "*.csv", sets=sets).train.source_names
     assert all(name.isprintable() and len(name) <= 100 for name in names)
     assert len(names) == 2
+    alone = read_files("d", tmp_path / name, sets=sets)
+    assert alone.source.isprintable()
+    assert all(name.isprintable() for name in alone.train.source_names)
+
+
+def test_a_run_writes_into_no_directory_whose_name_is_not_utf_8(tmp_path: Path) -> None:
+    recipe = read_recipe(None, {"data": {"file": str(tmp_path / "r.csv")}})
+    with pytest.raises(DataError, match=r"the name of .*out\ufffd is not UTF-8"):
+        run(recipe, LearnSettings(home=tmp_path), device="cpu", name="r", out=tmp_path / "out\udcff", report=print)
 
 
 def test_a_pattern_longer_than_any_path_is_refused() -> None:

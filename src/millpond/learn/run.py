@@ -203,6 +203,8 @@ def _directory(out: Path | None, runs: Path, name: str, resume: bool) -> Path:
             )
         return max(unfinished, key=lambda place: (place / CHECKPOINTS).stat().st_mtime)
     directory = out or runs / name
+    if (shown := os.fsencode(directory).decode(errors="replace")) != str(directory):
+        raise DataError(f"the name of {shown} is not UTF-8, and a run's own files name it. Give another --out.")
     if directory.exists() and any(directory.iterdir()):
         if not resume:
             hint = " Or go on with the run in it: --resume." if is_checkpointed(directory / CHECKPOINTS) else ""

@@ -63,7 +63,8 @@ def is_url(source: str) -> bool:
 
 def shown(source: str) -> str:
     """Return a path, or a URL without user, password and query: what may be shown and kept."""
-    return re.sub(r"\?.*", "", re.sub(r"//\S*@", "//", source), flags=re.DOTALL) if is_url(source) else source
+    kept = re.sub(r"\?.*", "", re.sub(r"//\S*@", "//", source), flags=re.DOTALL) if is_url(source) else source
+    return _visible(kept)
 
 
 def sources_of(source: str) -> list[tuple[str, str]]:
@@ -95,8 +96,13 @@ def sources_of(source: str) -> list[tuple[str, str]]:
 
 def _nameable(name: str) -> str:
     """Return a name that any page, terminal or JSON can hold: not too long, of characters that are seen."""
-    name = "".join(character if character.isprintable() else "\ufffd" for character in name)
+    name = _visible(name)
     return name if len(name) <= MAX_NAME_CHARACTERS else f"…{name[1 - MAX_NAME_CHARACTERS :]}"
+
+
+def _visible(name: str) -> str:
+    """Return a name with a mark for each character that is not seen, or is none: file names need not be UTF-8."""
+    return "".join(character if character.isprintable() else "\ufffd" for character in name)
 
 
 def rows_of(source: str, columns: Columns) -> Iterator[Raw]:
