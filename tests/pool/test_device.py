@@ -30,6 +30,28 @@ def test_the_pool_is_the_accelerator():
 
 
 @on_device
+def test_bags_of_embeddings_learn_alike_whatever_their_offsets_are():
+    def gradients(device):
+        torch.manual_seed(3)
+        indices = torch.randint(0, 9, (6,))
+        for ends, sparse, mode in (
+            (False, False, "sum"),
+            (True, False, "mean"),
+            (True, True, "sum"),
+            (True, False, "max"),
+        ):
+            for kind, other in ((torch.int64, torch.int64), (torch.int32, torch.int64), (torch.int64, torch.int32)):
+                bags = torch.nn.EmbeddingBag(9, 4, sparse=sparse, mode=mode, include_last_offset=ends).to(device)
+                offsets = torch.tensor([0, 2, 2, 5] + ([6] if ends else []), dtype=other)
+                sums = bags(indices.to(kind).to(device), offsets.to(device))
+                (sums * torch.arange(sums.numel(), device=device).reshape(sums.shape)).sum().backward()
+                yield from (sums, bags.weight.grad.to_dense())
+
+    for there, host in zip(list(gradients("pool")), list(gradients("cpu")), strict=True):
+        torch.testing.assert_close(there.cpu(), host)
+
+
+@on_device
 def test_nested_tensors_are_jagged():
     def work(device):
         torch.manual_seed(3)

@@ -237,7 +237,9 @@ def _bag_of(indices: torch.Tensor, offsets: torch.Tensor, bag: torch.Tensor) -> 
         return bag
     _require(indices.dim() == offsets.dim() == 1 and len(offsets) > 0, "offsets of bags")
     _ascending(offsets, len(indices))
-    return torch.full_like(indices, len(offsets) - 1)
+    if offsets.device.type != "cpu":
+        return torch.zeros_like(indices)
+    return torch.searchsorted(offsets, torch.arange(len(indices), dtype=offsets.dtype), right=True) - 1
 
 
 def _bag_weights_backward(

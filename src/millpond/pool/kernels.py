@@ -401,8 +401,8 @@ def embedding_bag_backward(grad: Tensor, indices: Tensor, offsets: Tensor, of_in
     if not sparse:
         return call(_BAG_BACKWARD, (grad, indices, offsets, of_index, *rest), {})  # type: ignore[no-any-return]
     if not of_index.numel():  # the host's kernel leaves out which bag an index is of where it can do without
-        counts = indices.new_zeros(indices.numel() + 1).index_add_(0, offsets, torch.ones_like(offsets))
-        of_index = counts.cumsum(0)[:-1] - 1
+        counts = offsets.new_zeros(indices.numel() + 1).index_add_(0, offsets, torch.ones_like(offsets))
+        of_index = (counts.cumsum(0)[:-1] - 1).to(indices.dtype)
     return aten._embedding_bag_sparse_backward(  # type: ignore[no-any-return]
         grad, indices, offsets, of_index, sizes, weights, by_frequency, mode, per_sample, *padding
     )
