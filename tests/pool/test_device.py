@@ -30,6 +30,16 @@ def test_the_pool_is_the_accelerator():
 
 
 @on_device
+def test_an_empty_batch_passes_attention():
+    layer = torch.nn.TransformerEncoderLayer(16, 2, batch_first=True, dropout=0)
+    rows = torch.zeros(0, 5, 16, device="pool", requires_grad=True)
+    result = layer.to("pool")(rows)
+    result.sum().backward()
+    assert result.shape == rows.grad.shape == (0, 5, 16)
+    assert not layer.linear1.weight.grad.any()
+
+
+@on_device
 def test_bags_of_embeddings_learn_alike_whatever_their_offsets_are():
     def gradients(device):
         torch.manual_seed(3)

@@ -382,7 +382,8 @@ def attention(
     options = {"scale": scale, "enable_gqa": enable_gqa}
     fused = _sdp_choice(torch._C.DispatchKey.CPU, *call, **options) == _FLASH
     masks = attn_mask is not None and attn_mask.requires_grad
-    if fused and not masks and device_name(query.device.index) == "CPU":
+    some = query.numel() and key.numel()
+    if fused and some and not masks and device_name(query.device.index) == "CPU":
         if attn_mask is not None and attn_mask.dtype is torch.bool:
             attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -torch.inf)
         flash = aten._scaled_dot_product_flash_attention_for_cpu
