@@ -30,6 +30,26 @@ def test_the_pool_is_the_accelerator():
 
 
 @on_device
+def test_ranges_fill_an_output_of_any_shape_with_as_many_elements():
+    import warnings
+
+    for fill in (
+        lambda out: torch.arange(4, out=out),
+        lambda out: torch.arange(1, 8, 2, out=out),
+        lambda out: torch.linspace(0, 1, 4, out=out),
+        lambda out: torch.logspace(0, 3, 4, out=out),
+    ):
+        for shape in ((2, 2), (4,)):
+            whole = [torch.zeros(2, 3, device=device) for device in ("pool", "cpu")]
+            outs = [tensor[:, 1:] if shape == (2, 2) else tensor.reshape(-1)[:4] for tensor in whole]
+            made = [fill(out) for out in outs]
+            assert made[0].shape == made[1].shape == shape
+            assert torch.equal(whole[0].cpu(), whole[1])
+    with warnings.catch_warnings(action="ignore"):  # that an output with elements is resized
+        assert torch.equal(torch.arange(4, out=torch.ones(2, device="pool")).cpu(), torch.arange(4.0))
+
+
+@on_device
 def test_an_empty_batch_passes_attention():
     layer = torch.nn.TransformerEncoderLayer(16, 2, batch_first=True, dropout=0)
     rows = torch.zeros(0, 5, 16, device="pool", requires_grad=True)

@@ -37,6 +37,11 @@ ASK = frozenset(
 )
 """Ops whose results the worker is asked for although a meta kernel claims to know them: once for each signature."""
 
+FILLS = frozenset(
+    f"aten::{name}" for name in ("arange.out", "arange.start_out", "range.out", "linspace.out", "logspace.out")
+)
+"""Ops that fill an output of any shape that has as many elements as they give; meta kernels resize it even then."""
+
 Tensor = torch.Tensor
 
 
@@ -278,7 +283,9 @@ def _infer(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     for place in op.writes:
         before = args[place] if isinstance(place, int) and place < len(args) else kwargs.get(str(place))
         after = meta_args[place] if isinstance(place, int) and place < len(args) else meta_kwargs.get(str(place))
-        if isinstance(before, Tensor) and isinstance(after, Tensor) and before.shape != after.shape:
+        if not isinstance(before, Tensor) or not isinstance(after, Tensor) or before.shape == after.shape:
+            continue
+        if op.name not in FILLS or before.numel() != after.numel():
             plan.resizes.append((place, tuple(after.shape), after.stride()))
     if plan.resizes and op.without_out is not None:
         # Real kernels give an output that they resize the strides of a new result, where meta kernels forget them.
