@@ -30,6 +30,21 @@ def test_the_pool_is_the_accelerator():
 
 
 @on_device
+def test_what_the_wire_has_no_form_for_is_refused_and_the_session_goes_on():
+    one = torch.ones(1, device="pool")
+    for call in (
+        lambda: torch.ones([1] * 65, device="pool"),
+        lambda: one.reshape([1] * 65).sum(),
+        lambda: torch.ones([1] * 65).to("pool"),
+    ):
+        with pytest.raises(RuntimeError, match="only tensors with up to 64 dims are supported"):
+            call()
+    with pytest.raises(RuntimeError, match=r"aten::cat\(.*\) is no call that the pool can send"):
+        torch.cat([one] * 70_000)
+    assert torch.equal(one.cpu(), torch.ones(1))
+
+
+@on_device
 def test_ranges_fill_an_output_of_any_shape_with_as_many_elements():
     import warnings
 

@@ -16,6 +16,7 @@ import msgspec
 import torch
 
 from millpond.pool import codec, cuda, misfits, numerics, wire
+from millpond.pool.errors import WireError
 from millpond.pool.operators import new_results
 from millpond.pool.tensors import Mold, Remote, remote_of
 
@@ -237,7 +238,8 @@ def make(op: Op, plan_id: int, index: int, key: Sequence[Any], args: tuple[Any, 
     """Return the plan for a call on device `index` by its signature's key; its `define` tells the worker.
 
     Raises:
-        RuntimeError: an operand that the op writes to is in the host's memory.
+        RuntimeError: an operand that the op writes to is in the host's memory, or the wire has no form for the call,
+            such as for a tensor of more than 64 dimensions.
     """
     for place in op.writes:
         written = args[place] if isinstance(place, int) and place < len(args) else kwargs.get(str(place))
@@ -258,6 +260,10 @@ def make(op: Op, plan_id: int, index: int, key: Sequence[Any], args: tuple[Any, 
         for mold in plan.molds
     ]
     plan.define = wire.Define(plan_id, op.name, arguments, keywords, believed, numerics.described(key[1]))
+    try:  # here, for at the worker it would end the session
+        wire.decode(wire.encode(wire.Batch([plan.define]))[wire.PREFIX.size :], "to-worker")
+    except WireError as error:
+        raise RuntimeError(f"{plan.what} is no call that the pool can send: {error}") from None
     return plan
 
 
@@ -298,7 +304,13 @@ def _infer(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         several = isinstance(value, (list, tuple))
         plan.counts.append(len(value) if several else None)
         for tensor in value if several else (value,):
+            _require_few(0 if tensor is None else tensor.dim())
             plan.molds.append(None if tensor is None else Mold(tensor.dtype, tensor.shape, tensor.stride(), plan.index))
+
+
+def _require_few(dims: int) -> None:
+    if dims > wire.MAX_DIMS:
+        raise RuntimeError(f"only tensors with up to {wire.MAX_DIMS} dims are supported")
 
 
 class _Writer:
@@ -312,6 +324,7 @@ class _Writer:
     def write(self, value: Any, scalar: bool) -> Any:
         kind = type(value)
         if isinstance(value, Tensor):
+            _require_few(value.dim())
             remote = remote_of(value)
             if remote is None:
                 return self._slot(codec.DTYPE_NAMES[value.dtype])
