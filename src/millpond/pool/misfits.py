@@ -29,7 +29,9 @@ def check(op: torch._ops.OpOverload, name: str, args: Sequence[Any], kwargs: dic
 
 
 def _written(target: Any) -> None:
-    if isinstance(target, Tensor) and any(n > 1 and not step for n, step in zip(target.shape, target.stride())):  # noqa: B905
+    if isinstance(target, Tensor) and any(
+        size > 1 and step == 0 for size, step in zip(target.shape, target.stride(), strict=True)
+    ):
         raise RuntimeError("several elements in one place are written to")
 
 

@@ -8,6 +8,7 @@ per signature, and at every call only where values decide.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -295,9 +296,10 @@ def _infer(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             plan.resizes.append((place, tuple(after.shape), after.stride()))
     if plan.resizes and op.without_out is not None:
         # Real kernels give an output that they resize the strides of a new result, where meta kernels forget them.
-        fresh = op.without_out.overload(*meta_args, **{n: v for n, v in meta_kwargs.items() if n not in op.writes})
-        made = dict(zip(op.writes, fresh if isinstance(fresh, tuple) else (fresh,), strict=True))
-        plan.resizes = [(place, sizes, made[place].stride()) for place, sizes, _ in plan.resizes]
+        with contextlib.suppress(NotImplementedError):
+            fresh = op.without_out.overload(*meta_args, **{n: v for n, v in meta_kwargs.items() if n not in op.writes})
+            made = dict(zip(op.writes, fresh if isinstance(fresh, tuple) else (fresh,), strict=True))
+            plan.resizes = [(place, sizes, made[place].stride()) for place, sizes, _ in plan.resizes]
     for value, new in zip(results if len(op.new) > 1 else (results,), op.new, strict=False):
         if not new:
             continue
