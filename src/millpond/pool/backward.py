@@ -17,17 +17,24 @@ import torch
 _taken: deque[BaseException] = deque(maxlen=64)
 """Exceptions that were on their way out of hooks, in autograd's threads; oldest first."""
 
+_raise_pending = ctypes.pythonapi.Py_IsInitialized
+"""After any such call ctypes raises what is on its way."""
+_PRIVATE_USE = torch._C._autograd.DeviceType.PrivateUse1
+
 
 class Guard(torch._C._acc.DeviceGuard):
     """What PyTorch asks about the current device."""
 
     def type_(self) -> Any:
-        """Return the type of the device, and take an exception that is on its way."""
+        """Return the type of the device, and take an exception that is on its way.
+
+        Until it is taken no attribute may be looked up: Python clears it where its cache of attributes has no answer.
+        """
         try:
-            ctypes.pythonapi.Py_IsInitialized()  # after any such call ctypes raises what is on its way
+            _raise_pending()
         except BaseException as error:
             _taken.append(error)
-        return torch._C._autograd.DeviceType.PrivateUse1
+        return _PRIVATE_USE
 
 
 def install(devices: int) -> None:
