@@ -193,11 +193,11 @@ def _handler(hub: StandInHub) -> type[BaseHTTPRequestHandler]:
                 if ranged := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
                     start = int(ranged[1])
                     headers = {"Content-Range": f"bytes {start}-{len(body) - 1}/{len(body)}"}
-                    self.answer(206, body[start:], headers)
                     hub.blob_bytes += len(body) - start
+                    self.answer(206, body[start:], headers)
                 else:
-                    self.answer(200, body)
                     hub.blob_bytes += len(body)
+                    self.answer(200, body)
             else:
                 self.answer(404, b"{}")
 
