@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -13,6 +12,7 @@ import torch
 from millpond.pool import numerics, wire
 from millpond.pool.numerics import Setting
 from pool.test_device import on_device
+from waiting import wait_for
 
 
 @on_device
@@ -185,22 +185,16 @@ def test_another_default_waits_for_what_runs_and_newcomers_wait_with_it():
         with default:
             order.append((name, torch.get_default_dtype()))
 
-    def wait_for(waiting: int) -> None:
-        until = time.monotonic() + 10
-        while numerics._waiting < waiting:
-            assert time.monotonic() < until
-            time.sleep(0.001)
-
     with single:
         beside = threading.Thread(target=enter, args=("beside", single))
         beside.start()
         beside.join(10)
         other = threading.Thread(target=enter, args=("other", double))
         other.start()
-        wait_for(1)
+        wait_for(lambda: numerics._waiting >= 1, 10)
         newcomer = threading.Thread(target=enter, args=("newcomer", single))
         newcomer.start()
-        wait_for(2)
+        wait_for(lambda: numerics._waiting >= 2, 10)
         assert order == [("beside", torch.float32)]
     for thread in (other, newcomer):
         thread.join(10)

@@ -243,7 +243,7 @@ def make(op: Op, plan_id: int, index: int, key: Sequence[Any], args: tuple[Any, 
             such as for a tensor of more than 64 dimensions.
     """
     for place in op.writes:
-        written = args[place] if isinstance(place, int) and place < len(args) else kwargs.get(str(place))
+        written = _argument(place, args, kwargs)
         if isinstance(written, Tensor) and remote_of(written) is None:
             raise RuntimeError(
                 f"Expected out tensor to have device {cuda.name(index)}, but got {written.device} instead"
@@ -268,6 +268,11 @@ def make(op: Op, plan_id: int, index: int, key: Sequence[Any], args: tuple[Any, 
     return plan
 
 
+def _argument(place: int | str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return an argument by its position or its keyword; None if it is not given."""
+    return args[place] if isinstance(place, int) and place < len(args) else kwargs.get(str(place))
+
+
 def _is_known(op: Op, args: tuple[Any, ...]) -> bool:
     """Return whether values do not decide what comes out this time: numbers index, as opposed to masks."""
     return op.name == "aten::index.Tensor" and all(i is None or i.dtype not in misfits.MASKS for i in args[1])
@@ -288,8 +293,8 @@ def _infer(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         plan.ask, plan.refusal = True, str(error)
         return
     for place in op.writes:
-        before = args[place] if isinstance(place, int) and place < len(args) else kwargs.get(str(place))
-        after = meta_args[place] if isinstance(place, int) and place < len(args) else meta_kwargs.get(str(place))
+        before = _argument(place, args, kwargs)
+        after = _argument(place, meta_args, meta_kwargs)
         if not isinstance(before, Tensor) or not isinstance(after, Tensor) or before.shape == after.shape:
             continue
         if op.name not in FILLS or before.numel() != after.numel():
