@@ -68,6 +68,16 @@ def _apart(*operands: Any, **options: Any) -> None:
     _require(len(storages) == len(tensors), "results in memory of their own")
 
 
+def _unfolded(gradient: torch.Tensor, sizes: Sequence[int], dim: int, size: int, step: int, **_out: Any) -> None:
+    rank = max(1, len(sizes))  # a scalar has one window
+    _require(-rank <= dim < rank and step > 0, "a dimension that the input has, and a step")
+    windows = [*sizes, size]
+    if sizes:
+        _require(0 <= size <= sizes[dim], "windows within the dimension")
+        windows[dim % rank] = (sizes[dim] - size) // step + 1
+    _require(list(gradient.shape) == windows, "a gradient for each number of each window")
+
+
 def _observed(x: torch.Tensor, *rest: Any, **_out: Any) -> None:
     axis, by_channel = (*rest[9:11], False)[:2]
     _require(not by_channel or 0 <= axis < x.dim(), "an axis that its operand has")
@@ -554,6 +564,7 @@ _GUARDS: dict[str, Callable[..., None]] = {
     "multilabel_margin_loss_backward": _margins(0),
     **{f"avg_pool{dims}d_backward": _pooled(dims, False) for dims in (2, 3)},
     **{f"{how}_pad{dims}d": _pads(dims) for how in ("reflection", "replication") for dims in (1, 2, 3)},
+    "unfold_backward": _unfolded,
     "native_layer_norm_backward": _layer_norm,
     **dict.fromkeys(("lu_unpack", "linalg_lu_solve"), _pivots),
     "linalg_ldl_solve": _pivots_of_blocks,
