@@ -80,9 +80,9 @@ def prepare(batch: wire.Batch) -> None:
         outcome = "made"
         try:
             if isinstance(item, wire.Define):
-                plans[item.plan] = executor.typed(lambda item=item: executor.Plan(item, CPU))
+                plans[item.plan] = executor.Plan(item, CPU)
             elif isinstance(item, wire.DefineGraph):
-                executor.typed(lambda item=item: graphs.Graph(item, plans))
+                graphs.Graph(item, plans)
             elif isinstance(item, wire.Put):
                 codec.extent(item.sizes, executor._contiguous(item.sizes)) * codec.dtype(item.dtype).itemsize
             elif isinstance(item, wire.Receive):
@@ -90,10 +90,10 @@ def prepare(batch: wire.Batch) -> None:
             elif isinstance(item, wire.Call | wire.Ask):
                 for number in item.numbers:
                     codec.number(codec.from_number(number))
-        except executor.Failure as failure:
-            outcome = failure.kind
         except WireError as error:
             outcome = re.sub(r"[0-9]+", "", str(error))[:40]
+        except Exception as error:
+            outcome = executor.failure_of(error).kind
         _reached(type(item).__name__, outcome)
 
 

@@ -198,8 +198,9 @@ def _run(
         board.name_op(plan.name)
         tally.count(plan.name, ended=False)
         try:
-            yield from run_plan(plan, *arguments)
+            results = run_plan(plan, *arguments)
             tally.count(plan.name, ended=True)
+            return results
         finally:
             board.name_op("")
 

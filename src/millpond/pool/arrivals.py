@@ -13,7 +13,7 @@ import torch
 
 from millpond.pool import wire
 from millpond.pool.errors import WireError
-from millpond.pool.executor import Failure, Memory, typed
+from millpond.pool.executor import Failure, Memory, failure_of
 
 MAX_ARRIVALS = 4096
 """Deliveries that wait for their `receive`."""
@@ -69,10 +69,10 @@ class Arrivals:
             if new:
                 try:
                     self._memory.check(arrival.total)
-                    arrival.data = typed(lambda: torch.empty(arrival.total, dtype=torch.uint8))
+                    arrival.data = torch.empty(arrival.total, dtype=torch.uint8)
                     self._memory.add(arrival.total)
-                except Failure as failure:
-                    arrival.failure = failure.again()
+                except (Failure, RuntimeError, MemoryError) as error:
+                    arrival.failure = failure_of(error).again()
             return arrival.data
 
     def add(self, message: wire.Deliver, length: int, sender: object) -> None:

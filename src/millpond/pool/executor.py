@@ -80,29 +80,31 @@ class Plan:
         """How many operands and numbers a call must bring."""
         _check_symbols(op, define)
         self._arguments = [self._getter(argument) for argument in define.arguments]
-        self._keywords = {name: self._getter(argument) for name, argument in define.keywords.items()}
+        self._keywords = [(name, self._getter(argument)) for name, argument in define.keywords.items()]
         self.results = [None if result is None else Believed(result) for result in define.results]
         self.bytes = sum(result.bytes for result in self.results if result is not None)
         if not self.operands:  # what it makes must be of the device too, or nothing would limit its memory on a GPU
             if all(formal.name != "device" for formal in op._schema.arguments):
                 raise Failure("refused", f"{define.op} without an operand of the session")
-            self._keywords["device"] = self._getter(wire.Symbol("device"))
+            self._keywords.append(("device", self._getter(wire.Symbol("device"))))
 
-    def run(self, operands: Sequence[torch.Tensor], numbers: Sequence[codec.Number]) -> Iterator[Any]:
-        """Run the op and yield its new results, flat."""
+    def run(self, operands: Sequence[torch.Tensor], numbers: Sequence[codec.Number]) -> list[Any]:
+        """Run the op and return its new results, flat."""
         arguments = [get(operands, numbers) for get in self._arguments]
-        keywords = {name: get(operands, numbers) for name, get in self._keywords.items()}
+        keywords = {name: get(operands, numbers) for name, get in self._keywords}
         with self._setting:
             if self.guard is not None:
                 self.guard(*arguments, **keywords)
             result = self.op(*arguments, **keywords)
-        if len(self.new) == 1:
-            result = (result,)
-        for value, new in zip(result, self.new, strict=False) if self.new else ():
+        if isinstance(result, torch.Tensor):
+            return [result] if self.new[0] else []
+        results: list[Any] = []
+        for value, new in zip((result,) if len(self.new) == 1 else result or (), self.new, strict=True):
             if new and isinstance(value, (list, tuple)):
-                yield from value
+                results += value
             elif new:
-                yield value
+                results.append(value)
+        return results
 
     def _getter(self, argument: wire.Argument) -> Getter:
         if isinstance(argument, list):
@@ -137,6 +139,9 @@ class Believed:
         self.sizes = geometry.sizes
         self.strides = geometry.strides
         self.bytes = codec.extent(geometry.sizes, geometry.strides) * self.dtype.itemsize
+        self._is_own = False
+        """Whether the first result came in storage of its own: so do all, as that depends on the op and its operands'
+        geometries."""
 
     def is_of(self, result: Any) -> bool:
         """Return whether a result has the believed dtype, sizes and strides."""
@@ -150,6 +155,8 @@ class Believed:
 
     def fit(self, result: Any, operands: Sequence[torch.Tensor]) -> torch.Tensor:
         """Return the result in the memory layout that the client believes in, in storage of its own."""
+        if self._is_own and self.is_of(result):
+            return result  # type: ignore[no-any-return]
         if not isinstance(result, torch.Tensor):
             raise Failure("geometry", f"the result is {type(result).__name__}, not a tensor as the client believes")
         if result.dtype != self.dtype or tuple(result.shape) != self.sizes:
@@ -168,6 +175,7 @@ class Believed:
             and not result.is_neg()
             and all(storage._cdata != operand.untyped_storage()._cdata for operand in operands)
         ):
+            self._is_own = True
             return result
         own = torch.empty_strided(self.sizes, self.strides, dtype=self.dtype, device=result.device)
         return own.copy_(result)
@@ -243,22 +251,17 @@ class Executor:
         Raises:
             WireError: the client sent what no client sends; the session must end.
         """
-        empty = memoryview(b"")
         for item in batch.items:
             number = self.items
             self.items += 1
             try:
-                answer = typed(functools.partial(self._run, item, payload))
-                if answer is not None:
-                    yield answer
-            except Failure as failure:
-                own = failure.item is None
-                if own:
-                    failure.item = number
-                self._poison(item, failure.again())
-                asked = isinstance(item, (wire.Ask, wire.Read, wire.GetRandomState))
-                if own or asked:
-                    yield wire.Failed(failure.item or 0, failure.kind, str(failure)[:16_000], answer=asked), empty
+                answer = self._run(item, payload)
+            except WireError:
+                raise
+            except Exception as error:
+                answer = self._failed(item, number, failure_of(error))
+            if answer is not None:
+                yield answer
 
     def destination(self, message: wire.Message, length: int) -> memoryview:
         """Return memory for a payload: the tensor's own where it is in reach, so that nothing is copied.
@@ -279,6 +282,17 @@ class Executor:
             return bytes_of(tensor).numpy().data[start:end]
         return torch.empty(length, dtype=torch.uint8).numpy().data
 
+    def _failed(self, item: wire.Item, number: int, failure: Failure) -> tuple[wire.Message, memoryview] | None:
+        """Have what needs an item fail with it; return what to tell the client, unless it knows."""
+        own = failure.item is None
+        if own:
+            failure.item = number
+        self._poison(item, failure.again())
+        asked = isinstance(item, (wire.Ask, wire.Read, wire.GetRandomState))
+        if not (own or asked):
+            return None
+        return wire.Failed(failure.item or 0, failure.kind, str(failure)[:16_000], answer=asked), memoryview(b"")
+
     def close(self) -> None:
         """Drop everything."""
         self._drop(list(self._tensors))
@@ -290,7 +304,7 @@ class Executor:
         elif isinstance(item, wire.Free):
             self._drop(item.handles)
         elif isinstance(item, wire.Define):
-            self._plans[item.plan] = typed(lambda: Plan(item, self.device))
+            self._plans[item.plan] = Plan(item, self.device)
         elif isinstance(item, wire.Put):
             self._put(item)
         elif isinstance(item, wire.Write):
@@ -309,7 +323,7 @@ class Executor:
             return wire.Data(), self._generator().get_state().numpy().data
         elif isinstance(item, wire.SetRandomState):
             state = torch.frombuffer(bytearray(item.state), dtype=torch.uint8)
-            typed(lambda: self._generator().set_state(state))
+            self._generator().set_state(state)
         elif isinstance(item, wire.GetUsage):
             memory = self.memory
             if item.reset_peak:
@@ -344,15 +358,14 @@ class Executor:
     ) -> list[Any]:
         resized = Resized(operands) if plan.resizes else None
         try:
-            results: list[Any] = typed(lambda: list(plan.run(operands, numbers)))
-        except Failure:
+            return plan.run(operands, numbers)
+        except Exception:
             if resized is not None:
                 resized.undo()
             raise
         finally:
             if resized is not None:
                 self._count_again(call.operands)
-        return results
 
     def _call(self, call: wire.Call) -> None:
         plan, operands, numbers = self._start(call)
@@ -361,7 +374,7 @@ class Executor:
             raise Failure("geometry", f"{len(results)} results where the client believes {len(plan.results)}")
         for place, (result, believed) in enumerate(zip(results, plan.results, strict=True)):
             if believed is not None:
-                self._keep(call.first + place, typed(functools.partial(believed.fit, result, operands)))
+                self._keep(call.first + place, believed.fit(result, operands))
 
     def _ask(self, ask: wire.Ask) -> list[Any]:
         plan, operands, numbers = self._start(ask)
@@ -384,7 +397,7 @@ class Executor:
             raise WireError(f"{len(put.data)} bytes for a tensor of {put.dtype} {list(put.sizes)}")
         self.memory.check(len(put.data))
         tensor = torch.frombuffer(bytearray(put.data), dtype=dtype) if put.data else torch.empty(0, dtype=dtype)
-        self._keep(put.handle, typed(lambda: tensor.view(put.sizes).clone().to(self.device)))
+        self._keep(put.handle, tensor.view(put.sizes).clone().to(self.device))
 
     def _write(self, write: wire.Write, payload: memoryview) -> None:
         target = bytes_of(self._tensor(write.handle))
@@ -399,8 +412,7 @@ class Executor:
         if read.offset + read.length > source.numel():
             raise Failure("refused", f"{read.length} bytes at {read.offset} are not within {source.numel()}")
         part = source[read.offset : read.offset + read.length]
-        host: torch.Tensor = typed(part.cpu)
-        data = host.numpy().data
+        data = part.cpu().numpy().data
         # The link keeps an answer until the client has it: a few bytes must not keep a large tensor's memory.
         return memoryview(bytes(data)) if len(data) <= COPIED_BYTES else data
 
@@ -426,7 +438,7 @@ class Executor:
     def _drop(self, handles: Sequence[int]) -> None:
         for handle in handles:
             self._tensors.pop(handle, None)
-            self.memory.add(-self._sizes.pop(handle, 0))
+        self.memory.add(-sum(self._sizes.pop(handle, 0) for handle in handles))
 
     def _count_again(self, handles: Sequence[int]) -> None:
         """Count the operands of an op that may have resized them."""
@@ -457,26 +469,22 @@ class Executor:
         return torch.default_generator
 
 
-def typed(action: Callable[[], Any]) -> Any:
-    """Return what `action` does; turn PyTorch's exceptions into failures of a kind that the client can raise again."""
-    try:
-        return action()
-    except (Failure, WireError):
-        raise
-    except torch.OutOfMemoryError as error:
-        raise Failure("memory", str(error)) from None
-    except Exception as error:
-        text = str(error) or type(error).__name__
-        if "can't allocate memory" in text or isinstance(error, MemoryError):
-            raise Failure("memory", f"Pool device out of memory: {text}") from None
-        kinds: dict[type, wire.ErrorKind] = {
-            IndexError: "index",
-            ValueError: "value",
-            TypeError: "type",
-            NotImplementedError: "not-implemented",
-        }
-        kind = next((kind for known, kind in kinds.items() if isinstance(error, known)), "runtime")
-        raise Failure(kind, text) from None  # type: ignore[arg-type]
+def failure_of(error: Exception) -> Failure:
+    """Return one of PyTorch's exceptions as a failure of a kind that the client can raise again."""
+    if isinstance(error, Failure):
+        return error
+    text = str(error) or type(error).__name__
+    if isinstance(error, torch.OutOfMemoryError):
+        return Failure("memory", text)
+    if "can't allocate memory" in text or isinstance(error, MemoryError):
+        return Failure("memory", f"Pool device out of memory: {text}")
+    kinds: dict[type, wire.ErrorKind] = {
+        IndexError: "index",
+        ValueError: "value",
+        TypeError: "type",
+        NotImplementedError: "not-implemented",
+    }
+    return Failure(next((kind for known, kind in kinds.items() if isinstance(error, known)), "runtime"), text)
 
 
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:

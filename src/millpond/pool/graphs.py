@@ -6,7 +6,6 @@ inputs are compared with their declared geometries at each run; what follows fro
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 
 from millpond.pool import codec, wire
 from millpond.pool.errors import WireError
-from millpond.pool.executor import Believed, Executor, Failure, Plan, Resized, typed
+from millpond.pool.executor import Believed, Executor, Failure, Plan, Resized, failure_of
 
 
 class Graph:
@@ -74,7 +73,11 @@ class Graph:
                 raise Failure("refused", f"input {place} of a graph is not of the dtype and layout that it declared")
         values: list[Any] = list(inputs)
         for step in self.steps:
-            step.run(values)
+            try:
+                step.run(values)
+            except Exception as error:
+                failure = failure_of(error)
+                raise Failure(failure.kind, f"{failure}\n  in {step.plan.name} of a captured graph") from None
             for place in step.drops:
                 values[place] = None
         kept: list[torch.Tensor] = [values[place] for place in self.outputs]
@@ -95,30 +98,16 @@ class _Step:
         self.results = plan.results
         if step.results is not None:
             self.results = [None if geometry is None else Believed(geometry) for geometry in step.results]
-        self.own: list[bool] = []
-        """After the first run: whether each result comes in the believed layout and in storage of its own."""
         self.drops: list[int] = []
         """Places that no later step needs."""
 
     def run(self, values: list[Any]) -> None:
         operands = [values[place] for place in self.operands]
-        try:
-            results = typed(lambda: list(self.plan.run(operands, self.numbers)))
-        except Failure as failure:
-            raise Failure(failure.kind, f"{failure}\n  in {self.plan.name} of a captured graph") from None
+        results = self.plan.run(operands, self.numbers)
         if len(results) != len(self.results):
             raise Failure("geometry", f"{len(results)} results where the client believes {len(self.results)}")
-        first = not self.own and bool(results)
-        for place, (result, believed) in enumerate(zip(results, self.results, strict=True)):
-            if believed is None:
-                fitted = None
-            elif not first and self.own[place] and believed.is_of(result):
-                fitted = result
-            else:
-                fitted = typed(functools.partial(believed.fit, result, operands))
-            if first:
-                self.own.append(fitted is result)
-            values.append(fitted)
+        for result, believed in zip(results, self.results, strict=True):
+            values.append(None if believed is None else believed.fit(result, operands))
 
 
 class GraphExecutor(Executor):
@@ -133,7 +122,7 @@ class GraphExecutor(Executor):
             self._run_graph(item)
         elif isinstance(item, wire.DefineGraph):
             self._graphs.pop(item.graph, None)
-            self._graphs[item.graph] = typed(lambda: Graph(item, self._plans))
+            self._graphs[item.graph] = Graph(item, self._plans)
         else:
             return super()._run(item, payload)
         return None
@@ -152,7 +141,7 @@ class GraphExecutor(Executor):
         resized = Resized(inputs) if graph.resizes else None
         try:
             kept = graph.run(inputs)
-        except Failure:
+        except Exception:
             if resized is not None:
                 resized.undo()
             raise

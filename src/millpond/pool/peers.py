@@ -25,7 +25,7 @@ import torch
 from millpond.pool import tls, transport, wire
 from millpond.pool.arrivals import MAX_ARRIVALS, Arrivals
 from millpond.pool.errors import ConnectionLost, HandshakeError, PoolError, WireError
-from millpond.pool.executor import Believed, Failure, Memory, bytes_of, typed
+from millpond.pool.executor import Believed, Failure, Memory, bytes_of, failure_of
 from millpond.pool.graphs import GraphExecutor
 from millpond.pool.link import COPIED_BYTES, Berth, Dialler, Link
 from millpond.pool.worker import Introduction
@@ -70,14 +70,12 @@ class Way:
 
         Raises:
             PoolError: the peer is gone, or was for longer than the grace.
-            Failure: they cannot be read.
         """
         total = source.numel()
         with self._lock, self._losing():
             link = self._open(transport.REDIAL_S)
             for offset in range(0, max(total, 1), CHUNK_BYTES):
-                part: torch.Tensor = typed(source[offset : offset + CHUNK_BYTES].cpu)
-                data = part.numpy().data
+                data = source[offset : offset + CHUNK_BYTES].cpu().numpy().data
                 # The link keeps it until the peer has it: see `Link.send`.
                 kept = memoryview(bytes(data)) if total <= COPIED_BYTES else data
                 link.send(wire.Deliver(ticket, total, offset), kept)
@@ -384,18 +382,18 @@ class PeerExecutor(GraphExecutor):
     def _send(self, item: wire.Send, peers: Peers) -> None:
         try:
             peers.send(item.peer, item.ticket, bytes_of(self._tensor(item.handle)))
-        except Failure as failure:
-            peers.withhold(item.peer, item.ticket, failure)
+        except (Failure, RuntimeError, MemoryError) as error:
+            peers.withhold(item.peer, item.ticket, failure_of(error))
             raise
 
     def _receive(self, item: wire.Receive, peers: Peers) -> None:
-        believed = typed(lambda: Believed(item.geometry))
+        believed = Believed(item.geometry)
         data = peers.claim(item.peer, item.ticket)
         if data.numel() != believed.bytes:
             raise Failure("refused", f"{data.numel()} bytes came for a tensor of {believed.bytes}")
         self.memory.check(believed.bytes)
         host = torch.empty(0, dtype=believed.dtype).set_(data.untyped_storage(), 0, believed.sizes, believed.strides)
-        self._keep(item.handle, typed(lambda: host.to(self.device)))
+        self._keep(item.handle, host.to(self.device))
 
     def _poison(self, item: wire.Item, failure: Failure) -> None:
         if isinstance(item, wire.Receive):
