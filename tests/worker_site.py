@@ -55,8 +55,10 @@ class WorkerProcess:
         files: tls.Files | None = None,
         grace_s: float = 30.0,
         command: Sequence[str] = WORKER_COMMAND,
+        device: str = "CPU",
     ) -> None:
         self.log = log
+        self.device = device
         with log.open("wb") as stderr:
             self.process = subprocess.Popen(
                 command,
@@ -90,7 +92,7 @@ class WorkerProcess:
     @property
     def address(self) -> wire.WorkerAddress:
         """As the broker would tell a client."""
-        return wire.WorkerAddress("127.0.0.1", self.port, TOKEN, self.process.pid, "CPU", self.memory_bytes)
+        return wire.WorkerAddress("127.0.0.1", self.port, TOKEN, self.process.pid, self.device, self.memory_bytes)
 
     def environment(self) -> dict[str, str]:
         """The environment of a program under this lease."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from millpond.pool import codec, wire
-from millpond.pool.plan import Plan
+from millpond.pool.plan import SIZED, Plan, tensors_of
 from millpond.pool.session import Session
 from millpond.pool.tensors import DEVICE, Geometry, Mold, Remote, remote_of
 
@@ -57,15 +57,16 @@ class _Recorder:
         elif not isinstance(item, (wire.Define, wire.Free)):
             self._refuse(f"it moves data between the host and the device, or sets random numbers ({what})")
 
-    def answered(self, item: wire.Item, answer: wire.Message) -> None:
+    def answered(self, item: wire.Item, answer: wire.Message, what: Any) -> None:
         """Take what the worker said of an op's results: they depend on shapes alone, so it will say so again."""
         if not isinstance(item, wire.Ask) or not isinstance(answer, wire.Results):
             return
         results = answer.results
-        if not all(result is None or isinstance(result, wire.Geometry) for result in results):
+        tensors = all(result is None or isinstance(result, wire.Geometry) for result in results)
+        if not tensors and what.op.name not in SIZED:
             self._refuse("an op gives the host a number")
             return
-        self._add(item, results, len(results))  # type: ignore[arg-type]
+        self._add(item, tensors_of(results), len(results))
 
     def _add(self, item: wire.Call | wire.Ask, results: list[wire.Geometry | None] | None, made: int) -> None:
         try:

@@ -18,6 +18,7 @@ from torch.utils import backend_registration
 
 from millpond.pool import (
     attach,
+    attention,
     backward,
     capture,
     cuda,
@@ -257,7 +258,7 @@ def register(lease: str, workers: list[wire.WorkerAddress]) -> DeviceModule:
     _library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
     kernels.open_session = module.session
     kernels.current_device = module.current_device
-    kernels.device_name = module.get_device_name
+    attention.device_name = module.get_device_name
     kernels.register(_library)
     shims.install(_library)
     sparse.install(_library)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from millpond.pool import codec, cuda, generators, wire
+from millpond.pool.attention import attention
 from millpond.pool.errors import LeaseError, WireError
 from millpond.pool.operators import allowed
 from millpond.pool.plan import Op, Plan, Signature, make, on_meta
@@ -37,9 +38,6 @@ open_session: Callable[[int], Session]
 
 current_device: Callable[[], int] = int
 """Returns the device that one without an index means; set by `device.register`."""
-
-device_name: Callable[[int], str] = str
-"""Returns the name of a worker's device, `CPU` or a GPU's; set by `device.register`."""
 
 
 def call(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -364,36 +362,6 @@ def set_nothing(tensor: Tensor) -> Tensor:
 def set_source_storage(tensor: Tensor, source: Any) -> Tensor:
     """`set_(storage)`."""
     return set_storage(tensor, source, 0, (source.nbytes() // tensor.itemsize,), (1,))
-
-
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """Attend by the fused kernel of the worker's device, as PyTorch would there; it has no way to choose for a pool."""
-    call = (query, key, value, attn_mask, dropout_p, is_causal)
-    options = {"scale": scale, "enable_gqa": enable_gqa}
-    fused = _sdp_choice(torch._C.DispatchKey.CPU, *call, **options) == _FLASH
-    masks = attn_mask is not None and attn_mask.requires_grad
-    some = query.numel() and key.numel()
-    if fused and some and not masks and device_name(query.device.index) == "CPU":
-        if attn_mask is not None and attn_mask.dtype is torch.bool:
-            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -torch.inf)
-        flash = aten._scaled_dot_product_flash_attention_for_cpu
-        return flash(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]  # type: ignore[no-any-return]
-    return aten._scaled_dot_product_attention_math(*call, **options)[0]  # type: ignore[no-any-return]
-
-
-_FLASH = 1
-"""What `_fused_sdp_choice` says for a fused kernel."""
-_sdp_choice = aten._fused_sdp_choice.default._op_dk
 
 
 def embedding_bag_backward(grad: Tensor, indices: Tensor, offsets: Tensor, of_index: Tensor, *rest: Any) -> Tensor:

@@ -39,6 +39,9 @@ ASK = frozenset(
 )
 """Ops whose results the worker is asked for although a meta kernel claims to know them: once for each signature."""
 
+SIZED = frozenset({"aten::_scaled_dot_product_flash_attention", "aten::_fused_sdp_choice"})
+"""Ops that give numbers which follow from their operands' sizes: the worker is asked once for each signature."""
+
 FILLS = frozenset(
     f"aten::{name}" for name in ("arange.out", "arange.start_out", "range.out", "linspace.out", "logspace.out")
 )
@@ -66,7 +69,7 @@ class Op:
             torch.Tag.data_dependent_output in overload.tags
             or torch.Tag.dynamic_output_shape in overload.tags
             or not all(str(value.type) in ("Tensor", "List[Tensor]", "Optional[Tensor]") for value in schema.returns)
-        )
+        ) and self.name not in SIZED
         """Whether values of the operands may decide what comes out, so that the worker is asked at every call."""
         self.takes_device = any(argument.name == "device" for argument in arguments)
         self.takes_generator = any(argument.name == "generator" for argument in arguments)
@@ -199,6 +202,22 @@ class Signature:
         self.session = session
 
 
+class Known:
+    """A number that an op gives for each call of a signature, where others have the mold of a tensor."""
+
+    def __init__(self, number: codec.Number) -> None:
+        self.number = number
+
+    def cast(self, session: Any, handle: int) -> codec.Number:
+        """Return it."""
+        return self.number
+
+
+def tensors_of(results: Sequence[Any]) -> list[wire.Geometry | None]:
+    """Return what the worker said comes out, without what is no tensor."""
+    return [result if isinstance(result, wire.Geometry) else None for result in results]
+
+
 class Plan:
     """What a signature comes to: its number at the worker, and the molds of its new results."""
 
@@ -208,11 +227,11 @@ class Plan:
         self.op = op
         self.id = plan_id
         self.index = index
-        self.ask = op.name in ASK
+        self.ask = op.name in ASK or op.name in SIZED
         self.refusal: str | None = None
         """Why the operands seem not to fit: the worker is asked, which says it in the op's own words."""
         self.define: wire.Define
-        self.molds: list[Mold | None] = []
+        self.molds: list[Mold | Known | None] = []
         self.counts: list[int | None] = []
         """For each result that is new: None for one tensor, or how many a list has."""
         self.resizes: list[tuple[int | str, tuple[int, ...], tuple[int, ...]]] = []
@@ -225,11 +244,13 @@ class Plan:
             Mold(codec.dtype(result.dtype), result.sizes, result.strides, self.index)
             if isinstance(result, wire.Geometry)
             else None
+            if result is None
+            else Known(codec.from_number(result))
             for result in results
         ]
         self.counts = self.op.counts(len(results))
         self.ask, self.refusal = False, None
-        return msgspec.structs.replace(self.define, results=list(results))
+        return msgspec.structs.replace(self.define, results=tensors_of(results))
 
     def __str__(self) -> str:
         return self.what
@@ -257,7 +278,7 @@ def make(op: Op, plan_id: int, index: int, key: Sequence[Any], args: tuple[Any, 
     if not plan.ask:
         _infer(plan, args, kwargs)
     believed = [
-        None if mold is None else wire.Geometry(codec.DTYPE_NAMES[mold.dtype], mold.sizes, mold.strides)
+        wire.Geometry(codec.DTYPE_NAMES[mold.dtype], mold.sizes, mold.strides) if isinstance(mold, Mold) else None
         for mold in plan.molds
     ]
     plan.define = wire.Define(plan_id, op.name, arguments, keywords, believed, numerics.described(key[1]))

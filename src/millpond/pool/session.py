@@ -48,7 +48,7 @@ class Recorder(Protocol):
     def issued(self, item: wire.Item, what: Any) -> None:
         """See an item."""
 
-    def answered(self, item: wire.Item, answer: wire.Message) -> None:
+    def answered(self, item: wire.Item, answer: wire.Message, what: Any) -> None:
         """See the answer to an item."""
 
 
@@ -185,7 +185,7 @@ class Session:
                 self.raise_failure()
             if self.recorder is not None:
                 for item, (message, _) in zip(items, answers, strict=True):
-                    self.recorder.answered(item, message)
+                    self.recorder.answered(item, message, what)
             return answers
 
     def write(self, handle: int, data: memoryview, what: Any) -> None:
