@@ -1,27 +1,33 @@
-"""A worker whose CPU says that it is a GPU, and has kernels that PyTorch has on GPUs only.
+"""A worker whose CPU says that it is a GPU, has kernels that PyTorch has on GPUs only, and records graphs as they do.
 
-They compute by PyTorch's plain attention, and look as those of a GPU do: what they return, in which memory layout, and
-what they ask of their operands. Which one it would choose goes by the dtype: bfloat16 (unmasked) the flash kernel,
-float32 the efficient one, float64 none. Started as a worker is: `python stand_in_gpu.py`.
+The kernels compute by PyTorch's plain attention, and look as those of a GPU do: what they return, in which memory
+layout, and what they ask of their operands. Which one it would choose goes by the dtype: bfloat16 (unmasked) the flash
+kernel, float32 the efficient one, float64 and dropout none. Started as a worker is: `python stand_in_gpu.py`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from millpond.pool import worker
+from millpond.pool import graphs, worker
+from millpond.pool.executor import bytes_of
 
 NAME = "Stand-in GPU"
 Tensor = torch.Tensor
 aten = torch.ops.aten
 
 
-def choice(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *_: Any, **_options: Any) -> int:
-    if query.dtype is torch.bfloat16 and mask is None:
-        return 1
-    return 0 if query.dtype is torch.float64 else 2
+def choice(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, dropout_p: float = 0.0, *_: Any, **_more: Any
+) -> int:
+    if dropout_p or query.dtype is torch.float64:
+        return 0
+    return 1 if query.dtype is torch.bfloat16 and mask is None else 2
 
 
 def in_layout_of_gpus(out: Tensor) -> Tensor:
@@ -96,6 +102,65 @@ def flash_backward(grad: Tensor, *arguments: Any, scale: float | None = None) ->
     return tuple(gradients(grad, [query, key, value, None], causal, scale)[:3])
 
 
+class StandInTape:
+    """What a CUDA graph is: records ops and the memory that they use without doing them, and does them at a replay."""
+
+    def __init__(self) -> None:
+        self.ops: list[tuple[Any, Any, Any, list[Tensor]]] = []
+
+    def record(self, run: Callable[[], list[Tensor]]) -> list[Tensor]:
+        drawn = torch.get_rng_state()
+        noting = _Noting()
+        try:
+            with noting:
+                return run()
+        finally:
+            self.ops = noting.ops
+            for *_, made in self.ops:
+                for tensor in made:
+                    bytes_of(tensor).fill_(0x7F)
+            for tensor, before in noting.before.values():  # nothing was done
+                bytes_of(tensor).copy_(before)
+            torch.set_rng_state(drawn)
+
+    def replay(self) -> None:
+        for op, args, kwargs, made in self.ops:
+            results = op(*args, **kwargs)
+            for tensor, result in zip(made, _new(op, results), strict=True):
+                bytes_of(tensor).copy_(bytes_of(result))
+
+
+class _Noting(TorchDispatchMode):
+    """Notes ops, what they make, and what was in the memory that they are given from outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[tuple[Any, Any, Any, list[Tensor]]] = []
+        self.before: dict[int, tuple[Tensor, Tensor]] = {}
+        self.made: set[int] = set()
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Memory is what is recorded, whatever the tensors over it are set to later.
+        args, kwargs = tree_map_only(Tensor, aten.alias, (args, kwargs or {}))
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, Tensor):
+                place = tensor.untyped_storage()._cdata
+                if place not in self.before and place not in self.made:
+                    self.before[place] = tensor, bytes_of(tensor).clone()
+        results = op(*args, **kwargs)
+        made = _new(op, results)
+        self.made.update(tensor.untyped_storage()._cdata for tensor in made)
+        self.ops.append((op, args, kwargs, made))
+        return results
+
+
+def _new(op: Any, results: Any) -> list[Tensor]:
+    """Return the results of an op that are in memory of their own."""
+    returns = op._schema.returns
+    pairs = zip(results if len(returns) > 1 else (results,), returns, strict=False)
+    return [x for each, value in pairs if value.alias_info is None for x in tree_leaves(each) if isinstance(x, Tensor)]
+
+
 if __name__ == "__main__":
     library = torch.library.Library("aten", "IMPL")
     library.impl("_fused_sdp_choice", choice, "CPU", allow_override=True)
@@ -106,4 +171,6 @@ if __name__ == "__main__":
         "_scaled_dot_product_flash_attention_backward": flash_backward,
     }.items():
         library.impl(name, kernel, "CPU")
+    graphs.tapes_of = lambda device: StandInTape
+    StandInTape().record(lambda: [torch.ones(1)])  # what that imports cannot be read by a worker
     worker.main()

@@ -78,7 +78,16 @@ class Plan:
         self._setting = Setting(define.numerics)
         self.operands = self.numbers = 0
         """How many operands and numbers a call must bring."""
-        _check_symbols(op, define)
+        given = _given(op, define)
+        _check_symbols(define, given)
+        self.writes = {
+            atom.slot
+            for formal, argument in given
+            if formal.alias_info is not None and formal.alias_info.is_write
+            for atom in (argument if isinstance(argument, list) else [argument])
+            if isinstance(atom, wire.Operand)
+        }
+        """The operands, by their slots, that the op writes to."""
         self._arguments = [self._getter(argument) for argument in define.arguments]
         self._keywords = [(name, self._getter(argument)) for name, argument in define.keywords.items()]
         self.results = [None if result is None else Believed(result) for result in define.results]
@@ -208,11 +217,15 @@ _SYMBOLS = {"ScalarType": "dtype", "Layout": "layout", "MemoryFormat": "memory_f
 """PyTorch's types that are constants, and what they are called on the wire."""
 
 
-def _check_symbols(op: torch._ops.OpOverload, define: wire.Define) -> None:
-    """Refuse a number where an op takes a constant: PyTorch would look it up in a table of its own, unchecked."""
+def _given(op: torch._ops.OpOverload, define: wire.Define) -> list[tuple[Any, wire.Argument]]:
+    """Return each argument of the op's schema that is given, with what is given."""
     formals = op._schema.arguments
     given = [*zip(formals, define.arguments, strict=False)]
-    given += [(formal, define.keywords[formal.name]) for formal in formals if formal.name in define.keywords]
+    return given + [(formal, define.keywords[formal.name]) for formal in formals if formal.name in define.keywords]
+
+
+def _check_symbols(define: wire.Define, given: Sequence[tuple[Any, wire.Argument]]) -> None:
+    """Refuse a number where an op takes a constant: PyTorch would look it up in a table of its own, unchecked."""
     for formal, argument in given:
         kind = _SYMBOLS.get(str(formal.real_type).removeprefix("Optional[").removesuffix("]"))
         if kind and not (argument is None or (isinstance(argument, wire.Symbol) and argument.kind == kind)):
@@ -350,7 +363,7 @@ class Executor:
             raise WireError(f"a call of {plan.name} with too few operands")
         operands = [self._tensor(handle) for handle in call.operands]
         numbers = [codec.from_number(number) for number in call.numbers]
-        self.memory.check(plan.bytes)
+        self._require(plan.bytes)
         return plan, operands, numbers
 
     def _results(
@@ -386,7 +399,7 @@ class Executor:
             if result.layout is not torch.strided:
                 raise Failure("not-implemented", f"the result is a {result.layout} tensor, which the pool cannot hold")
             believed = Believed(codec.geometry(result))
-            self.memory.check(believed.bytes)
+            self._require(believed.bytes)
             self._keep(ask.first + place, believed.fit(result, operands))
             answers.append(codec.geometry(result))
         return answers
@@ -395,7 +408,7 @@ class Executor:
         dtype = codec.dtype(put.dtype)
         if codec.extent(put.sizes, _contiguous(put.sizes)) * dtype.itemsize != len(put.data):
             raise WireError(f"{len(put.data)} bytes for a tensor of {put.dtype} {list(put.sizes)}")
-        self.memory.check(len(put.data))
+        self._require(len(put.data))
         tensor = torch.frombuffer(bytearray(put.data), dtype=dtype) if put.data else torch.empty(0, dtype=dtype)
         self._keep(put.handle, tensor.view(put.sizes).clone().to(self.device))
 
@@ -416,6 +429,10 @@ class Executor:
         # The link keeps an answer until the client has it: a few bytes must not keep a large tensor's memory.
         return memoryview(bytes(data)) if len(data) <= COPIED_BYTES else data
 
+    def _require(self, more_bytes: int) -> None:
+        """Raise Failure if so many bytes more do not fit into the lease's memory."""
+        self.memory.check(more_bytes)
+
     def _tensor(self, handle: int) -> torch.Tensor:
         tensor = self._tensors.get(handle)
         if tensor is None:
@@ -430,7 +447,7 @@ class Executor:
         if len(self._tensors) >= wire.MAX_TENSORS:
             raise Failure("memory", f"a session may hold {wire.MAX_TENSORS} tensors; free some")
         size = tensor.untyped_storage().nbytes()
-        self.memory.check(size)
+        self._require(size)
         self.memory.add(size)
         self._tensors[handle] = tensor
         self._sizes[handle] = size
@@ -449,7 +466,7 @@ class Executor:
             self._sizes[handle] += grown
             if grown > 0 and self.memory.used_bytes > self.memory.limit_bytes:
                 self._drop([handle])
-                self.memory.check(grown)
+                self._require(grown)
 
     def _poison(self, item: wire.Item, failure: Failure) -> None:
         """Have everything that needs this item's results fail with it."""

@@ -13,7 +13,8 @@ import torch
 
 from millpond.pool import codec, wire
 from millpond.pool.errors import WireError
-from millpond.pool.executor import Believed, Executor, Failure, Plan, Resized, failure_of
+from millpond.pool.executor import Believed, Executor, Failure, Memory, Plan, Resized, failure_of
+from millpond.pool.replay import Replayer, tapes_of
 
 
 class Graph:
@@ -39,6 +40,8 @@ class Graph:
         made = range(len(self.inputs), places)
         if len(set(self.outputs)) != len(self.outputs) or any(place not in made for place in self.outputs):
             raise WireError("a graph may keep each value once that a step made, and nothing else")
+        self.written = frozenset(place for step in self.steps for place in step.writes if place < len(self.inputs))
+        """The inputs that a step writes to."""
         self.resizes = any(step.plan.resizes for step in self.steps)
         """Whether a step may resize an input."""
         self.peak_bytes = self._plan_drops(sizes)
@@ -62,15 +65,18 @@ class Graph:
             live -= sum(sizes[dropped] for dropped in step.drops)
         return peak
 
-    def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Run the steps and return what is kept.
-
-        Raises:
-            Failure: an input is not what was declared, or a step failed.
-        """
+    def check(self, inputs: Sequence[torch.Tensor]) -> None:
+        """Raise Failure if an input is not what was declared."""
         for place, (tensor, declared) in enumerate(zip(inputs, self.inputs, strict=True)):
             if (tensor.dtype, tensor.shape, tensor.stride()) != declared:
                 raise Failure("refused", f"input {place} of a graph is not of the dtype and layout that it declared")
+
+    def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Run the steps, on inputs that were checked, and return what is kept.
+
+        Raises:
+            Failure: a step failed.
+        """
         values: list[Any] = list(inputs)
         for step in self.steps:
             try:
@@ -94,6 +100,7 @@ class _Step:
             raise WireError(f"a graph with a step of {plan.name} with too few operands")
         self.plan = plan
         self.operands = step.operands
+        self.writes = [step.operands[slot] for slot in plan.writes]
         self.numbers = [codec.from_number(number) for number in step.numbers]
         self.results = plan.results
         if step.results is not None:
@@ -113,16 +120,18 @@ class _Step:
 class GraphExecutor(Executor):
     """An executor that also runs graphs."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, device: torch.device, memory: Memory) -> None:
+        super().__init__(device, memory)
         self._graphs: dict[int, Graph | Failure] = {}
+        self._tapes = tapes_of(device)
+        self._replayers: dict[int, Replayer] = {}
+        """Of the graphs that the device can record."""
 
     def _run(self, item: wire.Item, payload: memoryview) -> tuple[wire.Message, memoryview] | None:
         if isinstance(item, wire.Run):
             self._run_graph(item)
         elif isinstance(item, wire.DefineGraph):
-            self._graphs.pop(item.graph, None)
-            self._graphs[item.graph] = Graph(item, self._plans)
+            self._define_graph(item)
         else:
             return super()._run(item, payload)
         return None
@@ -136,11 +145,22 @@ class GraphExecutor(Executor):
         if len(run.operands) != len(graph.inputs):
             raise WireError(f"a run of graph {run.graph} with {len(run.operands)} inputs; it has {len(graph.inputs)}")
         inputs = [self._tensor(handle) for handle in run.operands]
-        self.memory.check(graph.peak_bytes)
+        graph.check(inputs)
+        replayer = self._replayers.get(run.graph)
+        kept = replayer.replay(inputs) if replayer is not None else None
+        if kept is None:
+            kept = self._run_steps(graph, run, inputs)
+            if replayer is not None:
+                replayer.note(inputs)
+        for place, tensor in enumerate(kept):
+            self._keep(run.first + place, tensor)
+
+    def _run_steps(self, graph: Graph, run: wire.Run, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        self._require(graph.peak_bytes)
         self.memory.add(graph.peak_bytes)
         resized = Resized(inputs) if graph.resizes else None
         try:
-            kept = graph.run(inputs)
+            return graph.run(inputs)
         except Exception:
             if resized is not None:
                 resized.undo()
@@ -149,8 +169,33 @@ class GraphExecutor(Executor):
             self.memory.add(-graph.peak_bytes)
             if resized is not None:
                 self._count_again(run.operands)
-        for place, tensor in enumerate(kept):
-            self._keep(run.first + place, tensor)
+
+    def _define_graph(self, define: wire.DefineGraph) -> None:
+        self._forget([define.graph])
+        self._graphs.pop(define.graph, None)
+        graph = self._graphs[define.graph] = Graph(define, self._plans)
+        if self._tapes is not None and not graph.resizes:
+            self._replayers[define.graph] = Replayer(
+                graph.run,
+                f"a captured graph of {len(graph.steps)} ops",
+                peak_bytes=graph.peak_bytes,
+                written=graph.written,
+                tapes=self._tapes,
+                memory=self.memory,
+            )
+
+    def _require(self, more_bytes: int) -> None:
+        try:
+            super()._require(more_bytes)
+        except Failure:
+            if not self._forget(list(self._replayers)):
+                raise
+            super()._require(more_bytes)
+
+    def _forget(self, graphs: Sequence[int]) -> bool:
+        """Run these graphs op by op from now on; return whether that gave any memory back."""
+        replayers = [self._replayers.pop(graph) for graph in graphs if graph in self._replayers]
+        return sum(replayer.forget() for replayer in replayers) > 0
 
     def _poison(self, item: wire.Item, failure: Failure) -> None:
         if isinstance(item, wire.DefineGraph):
@@ -165,5 +210,6 @@ class GraphExecutor(Executor):
 
     def close(self) -> None:
         """Drop everything."""
+        self._forget(list(self._replayers))
         super().close()
         self._graphs.clear()

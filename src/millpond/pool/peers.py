@@ -391,7 +391,7 @@ class PeerExecutor(GraphExecutor):
         data = peers.claim(item.peer, item.ticket)
         if data.numel() != believed.bytes:
             raise Failure("refused", f"{data.numel()} bytes came for a tensor of {believed.bytes}")
-        self.memory.check(believed.bytes)
+        self._require(believed.bytes)
         host = torch.empty(0, dtype=believed.dtype).set_(data.untyped_storage(), 0, believed.sizes, believed.strides)
         self._keep(item.handle, host.to(self.device))
 
