@@ -43,6 +43,10 @@ HOSTILE = [
     ("embedding_dense_backward", x(3, 3), far(3), 3, -1, True),
     ("_embedding_bag_forward_only", x(2, 3), none(2, 3), none(2, 0, 3), True, FAR, False, None, False, -1),
     ("native_group_norm", x(1, 600, 3), x(600), x(1).expand(600), 1, 600, 3, 2, 0.5),
+    (
+        *("native_group_norm_backward", x(2, 4, 3, 3).to(memory_format=torch.channels_last)),
+        *(x(2, 4, 3, 3).to(memory_format=torch.channels_last), x(2, 2), x(2, 2), x(4), 2, 4, 9, 2, [False, True, True]),
+    ),
     ("rrelu_with_noise", x(600), x(1).expand(600), 0.0, 1.0, True),
     ("fractional_max_pool2d_backward", x(1, 3, 2, 3), x(1, 3, 9, 9), [3, 3], [2, 3], none(3, 1, 1).expand(1, 3, 2, 3)),
     (
@@ -148,7 +152,7 @@ def test_what_would_end_the_worker_is_refused(case):
     name, arguments, keywords = parts(case)
     check = guards.of(f"aten::{name}")
     assert check is not None
-    with pytest.raises(ValueError, match="it needs"):
+    with pytest.raises(RuntimeError, match="it needs"):
         check(*arguments, **keywords)
 
 

@@ -2,8 +2,8 @@
 
 Each check here stands for a read or a write beyond a tensor, a division that ends the process, or a loop without end,
 found by tests/attacks/fuzz_pool_wire.py; all other ops check their arguments themselves. A failed check raises
-`ValueError`, as an op does. Indices are looked at on a CPU only: on a GPU that would wait for all that came before, and
-what a kernel there reaches is the lease's own.
+`RuntimeError`, as an op does. Indices are looked at on a CPU only: on a GPU that would wait for all that came before,
+and what a kernel there reaches is the lease's own.
 """
 
 from __future__ import annotations
@@ -141,10 +141,11 @@ def _consecutive_pool(gradient: torch.Tensor, x: torch.Tensor, indices: torch.Te
     _require(indices.is_contiguous(), "contiguous indices")
 
 
-def _pooled(dims: int, by_indices: bool) -> Callable[..., None]:
+def _pooled(dims: int, by_indices: bool, least: int = 1) -> Callable[..., None]:
     def check(gradient: torch.Tensor, x: torch.Tensor, *rest: Any, **_out: Any) -> None:
         alike = gradient.dim() == x.dim() in (dims + 1, dims + 2) and gradient.shape[:-dims] == x.shape[:-dims]
-        alike = alike and min(*gradient.shape[-dims:], *x.shape[-dims:]) > 0 and gradient.dtype == x.dtype
+        alike = alike and min(gradient.shape[-dims:]) >= least and min(x.shape[-dims:]) > 0
+        alike = alike and gradient.dtype == x.dtype
         _require(alike, "a gradient for each number of the result")
         if by_indices:
             alike = rest[-1].shape == gradient.shape and _is_dense(rest[-1])
@@ -522,9 +523,11 @@ def _group_norm(x: torch.Tensor, weight: Any, bias: Any, *_: Any, **_out: Any) -
 
 def _group_norm_backward(
     gradient: torch.Tensor, x: torch.Tensor, mean: torch.Tensor, deviation: torch.Tensor, weight: Any,
-    *_: Any, **_out: Any,
+    *rest: Any, **_out: Any,
 ) -> None:  # fmt: skip
     _spread_out(gradient, x, mean, deviation, weight)
+    wanted = rest[-1]
+    _require(wanted[0] or x.is_contiguous() or x.device.type != "cpu", "channels first, or a gradient for its input")
 
 
 def _one_number_each(parameters: Tensors, steps: Tensors) -> None:
@@ -534,7 +537,7 @@ def _one_number_each(parameters: Tensors, steps: Tensors) -> None:
 
 def _require(holds: bool, what: str) -> None:
     if not holds:
-        raise ValueError(f"it needs {what}")
+        raise RuntimeError(f"it needs {what}")
 
 
 _POLYNOMIALS = (
@@ -569,8 +572,8 @@ _GUARDS: dict[str, Callable[..., None]] = {
     **dict.fromkeys(("lu_unpack", "linalg_lu_solve"), _pivots),
     "linalg_ldl_solve": _pivots_of_blocks,
     "range": _range,
-    **{f"_adaptive_avg_pool{dims}d_backward": _pooled(dims, False) for dims in (2, 3)},
-    "adaptive_avg_pool3d_backward": _pooled(3, False),
+    **{f"_adaptive_avg_pool{dims}d_backward": _pooled(dims, False, least=0) for dims in (2, 3)},
+    "adaptive_avg_pool3d_backward": _pooled(3, False, least=0),
     "adaptive_max_pool2d_backward": _pooled(2, True),
     "adaptive_max_pool3d_backward": _consecutive_pool,
     **{f"max_pool{dims}d_with_indices_backward": _pooled(dims, True) for dims in (2, 3)},
