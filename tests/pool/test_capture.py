@@ -361,3 +361,38 @@ for default in (torch.float32, torch.float64, torch.float32, torch.float64):
 assert items(scaled, there)[0] == {"Run": 1}
 """,
     )
+
+
+def test_what_is_compiled_runs_in_the_memory_layouts_that_it_was_traced_in(worker):
+    run(
+        worker,
+        """
+import copy
+from millpond.pool import plan
+
+torch.manual_seed(1)
+net = torch.nn.Sequential(
+    torch.nn.Conv2d(3, 8, 3), torch.nn.GroupNorm(4, 8), torch.nn.MaxPool2d(2), torch.nn.Conv2d(8, 4, 3),
+    torch.nn.Flatten(), torch.nn.Linear(36, 2),
+)
+
+def gradients(device, compiled):
+    model = copy.deepcopy(net).to(device).to(memory_format=torch.channels_last)
+    answer = torch.compile(model) if compiled else model
+    found = []
+    for seed in range(3):
+        x = torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(seed)).to(device)
+        loss = answer(x.contiguous(memory_format=torch.channels_last)).square().mean()
+        found += [gradient.cpu() for gradient in torch.autograd.grad(loss, list(model.parameters()))]
+    return found
+
+expected = gradients("cpu", False)
+torch.testing.assert_close(gradients("pool", True), expected, rtol=1e-4, atol=1e-5)
+# A device that lays its results out otherwise than was traced: here, what is traced is told another layout.
+plan.ASK |= {"aten::convolution", "aten::max_pool2d_with_indices"}
+torch._C._conv_determine_backend_memory_format = lambda *_: torch.contiguous_format
+torch._dynamo.reset()
+torch.pool.session().plans.clear()
+torch.testing.assert_close(gradients("pool", True), expected, rtol=1e-4, atol=1e-5)
+""",
+    )

@@ -65,6 +65,33 @@ def test_ranges_fill_an_output_of_any_shape_with_as_many_elements():
 
 
 @on_device
+def test_convolutions_keep_their_channels_last():
+    for dims, last in ((2, torch.channels_last), (3, torch.channels_last_3d)):
+        for transposed in (False, True):
+            kind = getattr(torch.nn, f"Conv{'Transpose' if transposed else ''}{dims}d")
+            for of_input, of_weight in ((last, last), (last, torch.contiguous_format), (torch.contiguous_format, last)):
+                seen = []
+                for device in ("cpu", "pool"):
+                    torch.manual_seed(1)
+                    layer = kind(4, 6, 3).to(device).to(memory_format=of_weight)
+                    x = torch.randn(2, 4, *[6] * dims).to(device).contiguous(memory_format=of_input).requires_grad_()
+                    out = layer(x)
+                    gradients = torch.autograd.grad(out.square().sum(), [x, layer.weight])
+                    seen.append([out.detach(), *gradients])
+                for here, there in zip(*seen, strict=True):
+                    assert there.stride() == here.stride(), (kind, of_input, of_weight)
+                    torch.testing.assert_close(there.cpu(), here, rtol=1e-4, atol=1e-4)
+
+
+@on_device
+def test_an_empty_output_of_adaptive_pooling_has_no_gradient_in_pytorchs_own_words():
+    x = torch.ones(1, 2, 5, 4, device="pool", requires_grad=True)
+    with pytest.raises(RuntimeError, match="Expected grad_output to have non-zero size"):
+        torch.nn.functional.adaptive_avg_pool2d(x, 0).sum().backward()
+        torch.pool.synchronize()
+
+
+@on_device
 def test_an_empty_batch_passes_attention():
     layer = torch.nn.TransformerEncoderLayer(16, 2, batch_first=True, dropout=0)
     rows = torch.zeros(0, 5, 16, device="pool", requires_grad=True)

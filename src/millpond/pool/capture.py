@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from millpond.pool import codec, wire
-from millpond.pool.plan import SIZED, Plan, tensors_of
+from millpond.pool.plan import SIZED, Plan, convolution_format, tensors_of
 from millpond.pool.session import Session
 from millpond.pool.tensors import DEVICE, Geometry, Mold, Remote, remote_of
 
@@ -179,11 +179,32 @@ class _Recording:
         self.session.graphs.append(self.number)  # the worker drops the graph for the next of this number
 
 
+class _AsTraced(torch.fx.Interpreter):
+    """Runs a graph op by op, with each result in the memory layout that it was traced in.
+
+    What was traced counts on it: a `contiguous` that changed nothing was left out, and some of PyTorch's kernels read
+    their operands in each other's layout.
+    """
+
+    def run_node(self, node: torch.fx.Node) -> Any:
+        """Run a node, and lay its result out."""
+        result = super().run_node(node)
+        traced = node.meta.get("val")
+        if not isinstance(result, Tensor) or not isinstance(traced, Tensor) or result.shape != traced.shape:
+            return result
+        pairs = zip(result.shape, result.stride(), traced.stride(), strict=True)
+        if all(size < 2 or step == other or type(other) is not int for size, step, other in pairs):
+            return result
+        return torch.empty_strided(result.shape, traced.stride(), dtype=result.dtype, device=result.device).copy_(
+            result
+        )
+
+
 class Captured:
     """A graph of Dynamo's or AOTAutograd's that is recorded for each kind of input, and replayed."""
 
     def __init__(self, module: torch.fx.GraphModule) -> None:
-        self.module = module
+        self._run = _AsTraced(module).run
         self._resident = [
             attrgetter(name)(module) for name in dict.fromkeys(n.target for n in module.graph.find_nodes(op="get_attr"))
         ]
@@ -196,12 +217,12 @@ class Captured:
         inputs = (*given, *self._resident)
         session, key, handles = _signature(inputs)
         if session is None:
-            return self.module(*given)
+            return self._run(*given)
         recording = self._recordings.get(key)
         if recording is not None:
             return recording.replay(inputs, handles)
         if key in self._recordings:
-            return self.module(*given)
+            return self._run(*given)
         return self._record(session, key, given, handles)
 
     def _record(self, session: Session, key: Key, given: Sequence[Any], handles: list[int]) -> Any:
@@ -212,11 +233,11 @@ class Captured:
                 if not self._full:
                     log.warning("a part of the program has had %d kinds of input; others run op by op", MAX_RECORDINGS)
                 self._full = True
-                return self.module(*given)
+                return self._run(*given)
             recorder = session.recorder = _Recorder(handles)
             versions = [value._version if isinstance(value, Tensor) else 0 for value in inputs]
             try:
-                outputs = self.module(*given)
+                outputs = self._run(*given)
             finally:
                 session.recorder = None
             self._recordings[key] = None
@@ -403,6 +424,12 @@ def _prepare_dynamo() -> None:
 
     optimizer.OptimizerVariable._set_capturable = set_capturable_on_pool  # type: ignore[method-assign]
     optimizer._is_static_for_cudagraphs = lambda x: x.device.type not in SHOWN and is_static(x)
+    format_of = torch._C._conv_determine_backend_memory_format
+    torch._C._conv_determine_backend_memory_format = (
+        lambda input, weight, backend: (  # what is traced looks as what runs
+            convolution_format(input, weight) if input.device.type in SHOWN else format_of(input, weight, backend)
+        )
+    )
     # A fake tensor on a real `cuda` would end the process in a PyTorch that was built without CUDA.
     FakeTensor._normalize_fake_device = staticmethod(  # type: ignore[method-assign]
         lambda device: normalize(torch.device(DEVICE, device.index) if device.type == "cuda" else device)

@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 import torch
+from torch._prims_common import suggest_memory_format
 
 from millpond.pool import codec, cuda, misfits, numerics, wire
 from millpond.pool.errors import WireError
@@ -46,6 +47,9 @@ FILLS = frozenset(
     f"aten::{name}" for name in ("arange.out", "arange.start_out", "range.out", "linspace.out", "logspace.out")
 )
 """Ops that fill an output of any shape that has as many elements as they give; meta kernels resize it even then."""
+
+CONVOLUTIONS = {"aten::convolution": slice(0, 2), "aten::convolution_backward": slice(1, 3)}
+"""Ops whose meta kernels leave open in which layout their results come, and where their input and weight are."""
 
 Tensor = torch.Tensor
 
@@ -320,6 +324,8 @@ def _infer(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             continue
         if op.name not in FILLS or before.numel() != after.numel():
             plan.resizes.append((place, tuple(after.shape), after.stride()))
+    if op.name in CONVOLUTIONS:
+        results = _lay_out(results, convolution_format(*meta_args[CONVOLUTIONS[op.name]]))
     if plan.resizes and op.without_out is not None:
         # Real kernels give an output that they resize the strides of a new result, where meta kernels forget them.
         with contextlib.suppress(NotImplementedError):
@@ -334,6 +340,19 @@ def _infer(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         for tensor in value if several else (value,):
             _require_few(0 if tensor is None else tensor.dim())
             plan.molds.append(None if tensor is None else Mold(tensor.dtype, tensor.shape, tensor.stride(), plan.index))
+
+
+def convolution_format(x: Tensor, weight: Tensor) -> torch.memory_format:
+    """Return how cuDNN and oneDNN lay out a convolution's results: channels last if its input or its weight is so."""
+    formats = map(suggest_memory_format, (x, weight))
+    return next((form for form in formats if form is not torch.contiguous_format), torch.contiguous_format)
+
+
+def _lay_out(results: Any, form: torch.memory_format) -> Any:
+    """Return what a convolution gives, or the gradients of its input and weight, in a layout; no bias has one."""
+    if isinstance(results, tuple):
+        return (*(_lay_out(each, form) for each in results[:2]), results[2])
+    return results if results is None or results.dim() < 4 else results.to(memory_format=form)
 
 
 def _require_few(dims: int) -> None:
