@@ -398,6 +398,7 @@ SPECIAL: dict[str, Callable[..., Any]] = {
     "_embedding_bag_backward": embedding_bag_backward,
     "_to_copy": to_copy,
     "_efficientzerotensor": zero_tensor,
+    "_lazy_clone": lambda tensor: tensor.clone(),
     "record_stream": lambda tensor, stream: None,
 }
 """Kernels of their own: bytes cross here, or storages change hands."""

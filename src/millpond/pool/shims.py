@@ -65,10 +65,10 @@ def new_storage(cls: type[torch.UntypedStorage], *args: Any, device: Any = None,
     """Make a storage; PyTorch has no allocator for the pool, and would fall over that."""
     if device is None or torch.device(device).type != DEVICE:
         return _new_storage(cls, *args, device=device, **kwargs)
-    size = args[0] if args else 0
-    if not isinstance(size, int):
-        raise TypeError("a storage of the pool device is made from its size in bytes")
-    return torch.empty(size, dtype=torch.uint8, device=device).untyped_storage()
+    content = args[0] if args else 0
+    if isinstance(content, int):
+        return torch.empty(content, dtype=torch.uint8, device=device).untyped_storage()
+    return torch.tensor(content, dtype=torch.uint8).to(device).untyped_storage()
 
 
 def write_storage(storage: torch.UntypedStorage, *args: Any) -> None:
