@@ -29,6 +29,8 @@ PAGE = HERE.parents[2] / "docs/reference/device-generic-tests.md"
 FILES = ("test_view_ops.py", "test_shape_ops.py", "test_type_promotion.py", "test_indexing.py")
 """What is run unless others are named."""
 
+DTYPES = r"bool|b?float\d+|u?int\d+|complex\d+"
+
 HEAD = """# PyTorch's device-generic tests on the pool device
 
 PyTorch's test suite writes many of its tests once for all devices (`torch.testing._internal.common_device_type`). Here
@@ -41,8 +43,19 @@ the same version, as a port of PyTorch to another device has them.
 
 REASONS = {
     "quantize": "quantized tensors are not on the pool",
-    "out of memory": "it needs more than the lease's 4 GiB",
-    "test_advancedindex|fancy_out_of_bounds|boolean_assignment": "what depends on values is told with the next read",
+    "strided layout": "nested tensors of the strided layout are not on the pool",
+    "LeaseOutOfMemory|out of memory": "it needs more than the lease's 4 GiB",
+    "up to 64 dims": "a tensor on the wire has 64 dimensions at most",
+    "part of a storage": "parts of storages are refused; parts of tensors are not",
+    "_cow_|_lazy_clone|storage_meta_errors|tensor_storage_type|map2?_ is only|scaler": "it asks for what a CPU has",
+    "the memory of a tensor": "another library cannot have the memory of a tensor that is elsewhere",
+    "too long": "it reads a million elements one by one, each a round trip",
+    r"not raised|fancy_out_of_bounds|test_advancedindex|boolean_assignment": "the error comes with the next read: it "
+    "depends on values, or only the worker's kernel knows",
+    "not triggered|no warning": "a warning of the worker's kernel is not passed on",
+    "passed where a failure": "it passes on the pool, where PyTorch expects a failure",
+    "does not match": "the same error in other words",
+    "HigherOrderOperator": "the test's own operator is for the devices that it names",
 }
 """Why a test fails that is not to be mended: by a regular expression for its name or message."""
 
@@ -84,10 +97,17 @@ def page(results: dict[str, list[Result]]) -> str:
     lines += ["| file | pass on plain CPU | on the pool | fail | skipped |", "|---|---|---|---|---|"]
     lines += [row(file, those) for file, those in results.items()]
     for file, those in results.items():
-        failed = [result for result in those if result["outcome"] not in ("pass", "skipped")]
+        failed: dict[str, dict[str, int]] = {}
+        for result in those:
+            if result["outcome"] not in ("pass", "skipped"):
+                name = re.sub(rf"(_({DTYPES}))+$", "", result["name"].partition(".")[2])
+                names = failed.setdefault(reason(result), {})
+                names[name] = names.get(name, 0) + 1
         if failed:
-            lines += ["", f"## {file}", "", "| test | why |", "|---|---|"]
-            lines += [f"| `{result['name']}` | {reason(result)} |" for result in failed]
+            lines += ["", f"## {file}", "", "| why | tests |", "|---|---|"]
+            for why, names in sorted(failed.items(), key=lambda each: -sum(each[1].values())):
+                shown = (f"`{name}`" + (f" ({count} dtypes)" if count > 1 else "") for name, count in names.items())
+                lines.append(f"| {why} | {', '.join(shown)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -63,4 +63,4 @@ def test_tests_that_pass_on_the_host_are_run_on_the_pool(tmp_path: Path):
     assert came["ends_the_process_on_the_pool"][1] == "the program ended: exit status 3"
     written = page({"test_some.py": results})
     assert "| `test_some.py` | 6 | 2 | 3 | 1 |" in written
-    assert "| `TestSome.test_ends_the_process_on_the_pool` | the program ended: exit status 3 |" in written
+    assert "| the program ended: exit status 3 | `test_ends_the_process_on_the_pool` |" in written
