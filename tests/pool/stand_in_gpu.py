@@ -102,6 +102,51 @@ def flash_backward(grad: Tensor, *arguments: Any, scale: float | None = None) ->
     return tuple(gradients(grad, [query, key, value, None], causal, scale)[:3])
 
 
+KINDS = ("rnn_relu", "rnn_tanh", "lstm", "gru")
+
+
+def recurrent(
+    data: Tensor, weights: list[Tensor], each: int, hx: Tensor, cx: Tensor | None, mode: int, *rest: Any
+) -> tuple[Tensor, ...]:
+    """Run a layer by PyTorch's own composition."""
+    layers, batch_first, dropout, train, bidirectional, batch_sizes = rest
+    options = each >= 4, layers, dropout, train, bidirectional
+    hidden: Any = hx if cx is None else [hx, cx]
+    op = getattr(aten, KINDS[mode])
+    if batch_sizes:
+        return op.data(data, torch.tensor(batch_sizes), hidden, weights, *options)
+    return op.input(data, hidden, weights, *options, batch_first)
+
+
+def cudnn(
+    data: Tensor, weights: list[Tensor], each: int, buffer: None, hx: Tensor, cx: Tensor | None, mode: int, *rest: Any
+) -> tuple[Tensor, ...]:
+    size, projected, *rest, state = rest
+    assert buffer is None
+    assert weights[1].shape[1] == (projected or size)
+    assert (state is not None) == bool(rest[2] and rest[3])
+    output, last, *cell = recurrent(data, weights, each, hx, cx, mode, *rest)
+    kept = data.new_empty(7, dtype=torch.uint8) if rest[3] else data.new_empty(0, dtype=torch.uint8)
+    return output, last, cell[0] if cell else data.new_empty(0), kept, data.new_empty(3)
+
+
+def cudnn_backward(
+    data: Tensor, weights: list[Tensor], each: int, buffer: Tensor, hx: Tensor, cx: Tensor | None, *arguments: Any
+) -> tuple[Any, ...]:
+    _output, *grads, mode, _size, _projected = arguments[:7]
+    *rest, _state, kept, _wanted = arguments[7:]
+    assert (buffer.numel(), kept.numel()) == (3, 7)
+    with torch.inference_mode(False), torch.enable_grad():
+        own = [None if x is None else x.clone().requires_grad_() for x in (data, hx, cx, *weights)]
+        data, hx, cx, *weights = own
+        results = recurrent(data, weights, each, hx, cx, mode, *rest)
+        pairs = [(x, grad.clone()) for x, grad in zip(results, grads, strict=False) if grad is not None]
+        inputs = [x for x in own if x is not None]
+        found = iter(torch.autograd.grad([x for x, _ in pairs], inputs, [grad for _, grad in pairs]))
+    of_data, of_hx, of_cx = (None if x is None else next(found) for x in own[:3])
+    return of_data, of_hx, of_cx, list(found)
+
+
 class StandInTape:
     """What a CUDA graph is: records ops and the memory that they use without doing them, and does them at a replay."""
 
@@ -169,6 +214,9 @@ if __name__ == "__main__":
         "_scaled_dot_product_efficient_attention_backward": efficient_backward,
         "_scaled_dot_product_flash_attention": flash,
         "_scaled_dot_product_flash_attention_backward": flash_backward,
+        "_cudnn_rnn": cudnn,
+        "_cudnn_rnn_backward": cudnn_backward,
+        "_cudnn_init_dropout_state": lambda dropout, train, seed, **_: torch.zeros(9, dtype=torch.uint8),
     }.items():
         library.impl(name, kernel, "CPU")
     graphs.tapes_of = lambda device: StandInTape

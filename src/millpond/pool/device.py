@@ -25,6 +25,7 @@ from millpond.pool import (
     cuda_runtime,
     kernels,
     parallel,
+    recurrent,
     shims,
     sparse,
     tls,
@@ -260,6 +261,7 @@ def register(lease: str, workers: list[wire.WorkerAddress]) -> DeviceModule:
     kernels.current_device = module.current_device
     attention.device_name = module.get_device_name
     kernels.register(_library)
+    recurrent.register(_library)
     shims.install(_library)
     sparse.install(_library)
     cuda.install(_library, module)

@@ -25,7 +25,8 @@ DENIED = re.compile(
     | .*sparse.* | _to_dense | _?coalesced?_? | _spdiags | _spsolve | sspaddmm | hspmm | _nnz | _dim[IV]
     | _?(?:indices|values)(?:_copy)? | .*(?:crow|ccol|row|col)_indices.* | _convert_indices_.* | _validate_.*
     | .*nested.* | .*jagged.* | to_padded_tensor | to_dense_backward                 # layouts: operands are strided
-    | _?cudnn_.* | _?miopen_.* | .*mps.* | _triton_.* | _nnpack.* | .*_overrideable.* | .*xla.* | _cufft_.*
+    | _?cudnn_(?!(?:rnn|rnn_backward|init_dropout_state)$).* | _?miopen_.* | .*mps.*
+    | _triton_.* | _nnpack.* | .*_overrideable.* | .*xla.* | _cufft_.*
     | _transformer_encoder_.* | _native_multi_head_attention | _weight_norm_.* | _transform_bias_.*
     | _?slow_conv.* | _?conv_depthwise.* | conv_tbc.* | _stack | _compute_linear_combination | _foreach_copy
     | _unsafe_masked_index.*

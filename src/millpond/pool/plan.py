@@ -36,6 +36,9 @@ ASK = frozenset(
         # Of half precision: a CPU keeps the statistics in the dtype of the weights, where a meta kernel says float32.
         "aten::native_layer_norm",
         "aten::_batch_norm_with_update",
+        # How much cuDNN keeps for the backward pass is its own affair.
+        "aten::_cudnn_rnn",
+        "aten::_cudnn_rnn_backward",
     }
 )
 """Ops whose results the worker is asked for although a meta kernel claims to know them: once for each signature."""
