@@ -360,6 +360,19 @@ def test_the_same_seed_gives_the_numbers_of_the_host():
 
 
 @on_device
+def test_an_op_that_takes_its_generator_by_position_draws_from_it():
+    generator = torch.Generator("pool")
+    host = torch.Generator()
+    counts, odds = torch.full((9,), 20.0), torch.full((9,), 0.4)
+    for draw in (
+        lambda c, p, g: torch.binomial(c, p, generator=g),
+        lambda c, p, g: torch._standard_gamma(p, generator=g),
+    ):
+        drawn = draw(counts.to("pool"), odds.to("pool"), generator.manual_seed(5))
+        assert torch.equal(drawn.cpu(), draw(counts, odds, host.manual_seed(5)))
+
+
+@on_device
 def test_the_state_of_the_generator_can_be_kept_and_set_back():
     torch.manual_seed(3)
     state = torch.pool.get_rng_state()

@@ -47,9 +47,13 @@ def call(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     kwargs.pop("pin_memory", None)
     if op.takes_device and kwargs.get("device") is not None and kwargs["device"].type != DEVICE:
         return op.overload(*on_meta(args), **kwargs)  # zeros_like(…, device="cpu"): only how a tensor looks matters
-    if op.takes_generator and kwargs.get("generator") is not None:
-        generator = generators.of_pool(kwargs["generator"])
-        return generator.draw(lambda: call(op, args, {**kwargs, "generator": None}))
+    if op.generator is not None:
+        by_position = op.generator < len(args)
+        given = args[op.generator] if by_position else kwargs.get("generator")
+        if given is not None:
+            args = (*args[: op.generator], None, *args[op.generator + 1 :]) if by_position else args
+            kwargs = kwargs if by_position else {**kwargs, "generator": None}
+            return generators.of_pool(given).draw(lambda: call(op, args, kwargs))
     signature = Signature(op)
     signature.take(args, kwargs)
     if signature.foreign:

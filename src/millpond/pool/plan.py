@@ -79,7 +79,8 @@ class Op:
         ) and self.name not in SIZED
         """Whether values of the operands may decide what comes out, so that the worker is asked at every call."""
         self.takes_device = any(argument.name == "device" for argument in arguments)
-        self.takes_generator = any(argument.name == "generator" for argument in arguments)
+        self.generator = next((place for place, argument in enumerate(arguments) if argument.name == "generator"), None)
+        """Where the op takes a generator, by position unless by keyword; None: nowhere."""
         self.written = [self._place_of_alias(value, arguments) for value in schema.returns]
         """For each result that is an operand written to, where that is: a position, or a keyword."""
         self.writes = [
