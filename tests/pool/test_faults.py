@@ -142,3 +142,20 @@ def test_importing_torch_without_a_lease_loads_nothing_of_the_pool():
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60, check=True
     )
     assert done.stdout.strip() == "['millpond.pool.attach']"
+
+
+def test_an_op_is_waited_for_if_the_program_asks_for_that(worker, monkeypatch):
+    program = """
+import torch
+index = torch.tensor([7], device="pool")
+try:
+    torch.ones(3, device="pool").index_select(0, index)
+    print("late")
+except IndexError:
+    print("at once")
+print(torch.ones(3, device="pool").sum().item())
+"""
+    monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1")
+    assert worker.run(program).stdout.split() == ["at", "once", "3.0"]
+    monkeypatch.delenv("CUDA_LAUNCH_BLOCKING")
+    assert worker.run(program).stdout.startswith("late")

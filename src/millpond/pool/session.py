@@ -82,6 +82,8 @@ class Session:
         self.lost: ConnectionLost | None = None
         self.graphs = list(range(wire.MAX_GRAPHS))
         """Numbers of graphs that can be given."""
+        self.blocking = os.environ.get("CUDA_LAUNCH_BLOCKING") == "1"
+        """Whether each op is waited for, as on a GPU, so that an error comes from the very line; slow."""
         self.recorder: Recorder | None = None
         """Set and reset by who holds `lock`."""
         self._items: list[wire.Item] = []
@@ -98,7 +100,9 @@ class Session:
         if self.large_frees and not isinstance(item, wire.Write):  # which travels alone
             self._free()
         self._append(item, what)
-        if len(self._items) >= FLUSH_ITEMS:
+        if self.blocking and self.recorder is None and isinstance(item, wire.Call | wire.Run):
+            self.request(wire.Synchronize(), wire.Done)
+        elif len(self._items) >= FLUSH_ITEMS:
             self.flush()
             self.raise_failure()
         elif len(self._items) == 1 and not self._awake.is_set():

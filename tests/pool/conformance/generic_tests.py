@@ -87,6 +87,7 @@ def main() -> None:
     os.dup2(2, 1)
     file, device = Path(sys.argv[1]), sys.argv[2]
     os.environ.update(PYTORCH_TESTING_DEVICE_ONLY_FOR=KIND[device], PYTORCH_PRINT_REPRO_ON_FAILURE="0")
+    os.environ["CUDA_LAUNCH_BLOCKING"] = "1"  # tests expect an error of the very call
     sys.argv = [str(file)]  # PyTorch's tests read it
     sys.path.insert(0, str(file.parent))
     warnings.simplefilter("ignore")
