@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
-from millpond.pool.tensors import DEVICE
+from millpond.pool.tensors import DEVICE, device_of, is_on_gpu
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
@@ -26,9 +26,6 @@ MASK_ALIGNMENT = 16
 HEAD_ALIGNMENT = 8
 """Numbers of a head that the flash kernel takes together."""
 MAX_CHOICES = 4096
-
-device_name: Callable[[int], str] = str
-"""Returns the name of a worker's device, `CPU` or a GPU's; set by `device.register`."""
 
 _cpu_choice = aten._fused_sdp_choice.default._op_dk
 _choices: dict[Any, int] = {}
@@ -50,7 +47,7 @@ def attention(
     call = (query, key, value, attn_mask, dropout_p, is_causal)
     options = {"scale": scale, "enable_gqa": enable_gqa}
     if query.numel() and key.numel():
-        if device_name(query.device.index) == "CPU":
+        if not is_on_gpu(query):
             fused = _cpu_choice(torch._C.DispatchKey.CPU, *call, **options) == FLASH
             if fused and (attn_mask is None or not attn_mask.requires_grad):
                 flash = aten._scaled_dot_product_flash_attention_for_cpu
@@ -65,7 +62,7 @@ def _choice(call: tuple[Any, ...], enable_gqa: bool) -> int:
     """Return what the worker's GPU would choose, of all kernels."""
     *tensors, dropout_p, is_causal = call
     kinds = [None if t is None else (t.dtype, tuple(map(int, t.shape)), tuple(map(int, t.stride()))) for t in tensors]
-    index = call[0].device.index
+    index = device_of(call[0]).index
     kind = (index, *kinds, dropout_p > 0, is_causal, enable_gqa)
     choice = _choices.get(kind)
     if choice is None:

@@ -18,7 +18,6 @@ from torch.utils import backend_registration
 
 from millpond.pool import (
     attach,
-    attention,
     backward,
     capture,
     cuda,
@@ -28,6 +27,7 @@ from millpond.pool import (
     recurrent,
     shims,
     sparse,
+    tensors,
     tls,
     transport,
     wire,
@@ -259,7 +259,7 @@ def register(lease: str, workers: list[wire.WorkerAddress]) -> DeviceModule:
     _library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
     kernels.open_session = module.session
     kernels.current_device = module.current_device
-    attention.device_name = module.get_device_name
+    tensors.device_name = module.get_device_name
     kernels.register(_library)
     recurrent.register(_library)
     shims.install(_library)

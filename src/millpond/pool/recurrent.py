@@ -12,8 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch.utils._pytree import tree_map_only
 
-from millpond.pool import attention
-from millpond.pool.tensors import DEVICE, remote_of
+from millpond.pool.tensors import DEVICE, device_of, is_on_gpu, remote_of
 
 Tensor = torch.Tensor
 aten = torch.ops.aten
@@ -43,8 +42,7 @@ def _kernel(op: torch._ops.OpOverload, mode: int) -> Callable[..., Any]:
     def run(data: Tensor, *rest: Any) -> Any:
         casts = torch.is_autocast_enabled(DEVICE)
         dtype = torch.get_autocast_dtype(DEVICE) if casts else data.dtype
-        fused = attention.device_name(data.device.index) != "CPU" and torch._C._get_cudnn_enabled()
-        if not fused or dtype not in DTYPES or not data.numel():
+        if not is_on_gpu(data) or not torch._C._get_cudnn_enabled() or dtype not in DTYPES or not data.numel():
             return composed(key, data, *rest)
         if is_packed:
             sizes, *rest = rest  # type: ignore[assignment]
@@ -104,6 +102,6 @@ def _dropout_state(alike: Tensor) -> Tensor:
     state = _dropout_states.get(remote.session)
     if state is None:
         seed = int(torch.empty((), dtype=torch.int64).random_())
-        state = aten._cudnn_init_dropout_state(0.5, True, seed, dtype=torch.uint8, device=alike.device)
+        state = aten._cudnn_init_dropout_state(0.5, True, seed, dtype=torch.uint8, device=device_of(alike))
         _dropout_states[remote.session] = state
     return state

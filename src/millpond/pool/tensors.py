@@ -209,6 +209,15 @@ storage_device_of: Callable[[Any], torch.device] = torch._C.StorageBase.device._
 """Returns a storage's real device."""
 
 
+device_name: Callable[[int], str] = str
+"""Returns the name of a worker's device, `CPU` or a GPU's; set by `device.register`."""
+
+
+def is_on_gpu(tensor: torch.Tensor) -> bool:
+    """Return whether the worker that has a tensor has it on a GPU."""
+    return device_name(device_of(tensor).index) != "CPU"
+
+
 def remote_of(tensor: torch.Tensor) -> Remote | None:
     """Return what a tensor's storage stands for; None for one that is not the pool's."""
     return getattr(tensor.untyped_storage(), "remote", None)
