@@ -55,7 +55,7 @@ class WorkerProcess:
         files: tls.Files | None = None,
         grace_s: float = 30.0,
         command: Sequence[str] = WORKER_COMMAND,
-        device: str = "CPU",
+        device: str = "CPU (2 cores)",  # as a host without a GPU calls it
     ) -> None:
         self.log = log
         self.device = device

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from millpond.pool import graphs, worker
 from millpond.pool.executor import bytes_of
+from millpond.pool.sessions import Greeting
 
 NAME = "Stand-in GPU"
 Tensor = torch.Tensor
@@ -219,6 +220,7 @@ if __name__ == "__main__":
         "_cudnn_init_dropout_state": lambda dropout, train, seed, **_: torch.zeros(9, dtype=torch.uint8),
     }.items():
         library.impl(name, kernel, "CPU")
+    worker.Greeting = lambda **what: Greeting(**what | {"device": "cuda:0"})  # type: ignore[assignment, misc]
     graphs.tapes_of = lambda device: StandInTape
     StandInTape().record(lambda: [torch.ones(1)])  # what that imports cannot be read by a worker
     worker.main()

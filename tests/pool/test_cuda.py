@@ -127,7 +127,8 @@ def test_the_functions_of_torch_cuda_tell_of_the_lease():
     assert torch.cuda.is_available()
     assert torch.backends.cuda.is_built()
     assert torch.cuda.device_count() == 1
-    assert torch.cuda.get_device_name() == torch.cuda.get_device_properties("cuda:0").name == "CPU"
+    assert torch.cuda.get_device_name() == torch.cuda.get_device_properties("cuda:0").name == "CPU (2 cores)"
+    assert not torch.pool.is_gpu()
     assert torch.cuda.get_device_capability() == (0, 0)  # a worker without a GPU
     assert torch.cuda.mem_get_info()[1] == torch.cuda.get_device_properties(0).total_memory == 2**30
     torch.cuda.set_device("cuda:0")

@@ -32,7 +32,7 @@ def is_captured(model: nn.Module, options: TrainOptions, device: torch.device) -
     if not is_pooled(device) or options.compile is False:
         return False
     # A CPU worker is kept busy by a few large ops: tracing costs seconds there and gains nothing (decision 0009).
-    if options.compile is None and torch.get_device_module(device).get_device_name(device) == "CPU":
+    if options.compile is None and not torch.pool.is_gpu(device):  # type: ignore[attr-defined]
         return False
     if any(isinstance(module, nn.RNNBase) for module in model.modules()):
         log.warning("training runs op by op, not captured: PyTorch's compiler does not trace recurrent layers")

@@ -119,6 +119,7 @@ class DeviceModule:
             lease=self.lease,
             worker=f"{worker.host}:{worker.port}, process {worker.pid}",
             memory_bytes=welcome.memory_bytes,
+            on_gpu=welcome.device != "cpu",
         )
 
     def close(self) -> None:
@@ -185,6 +186,10 @@ class DeviceModule:
     def get_device_name(self, device: Any = None) -> str:
         """Return the name of the worker's device."""
         return self.workers[_index(device, self._current.index)].device
+
+    def is_gpu(self, device: Any = None) -> bool:
+        """Return whether the worker of a device computes on a GPU: its name may be anything."""
+        return self.session(_index(device, self._current.index)).on_gpu
 
     def synchronize(self, device: Any = None) -> None:
         """Wait until everything issued so far has run; raise what failed."""
@@ -259,7 +264,7 @@ def register(lease: str, workers: list[wire.WorkerAddress]) -> DeviceModule:
     _library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
     kernels.open_session = module.session
     kernels.current_device = module.current_device
-    tensors.device_name = module.get_device_name
+    tensors.is_gpu = module.is_gpu
     kernels.register(_library)
     recurrent.register(_library)
     shims.install(_library)

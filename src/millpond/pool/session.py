@@ -59,12 +59,13 @@ class LeaseOutOfMemory(MillpondError, torch.OutOfMemoryError):
 class Session:
     """A program's session with a worker. Thread-safe; `lock` is held while items are issued."""
 
-    def __init__(self, link: Link, *, index: int, lease: str, worker: str, memory_bytes: int) -> None:
+    def __init__(self, link: Link, *, index: int, lease: str, worker: str, memory_bytes: int, on_gpu: bool) -> None:
         self.link = link
         self.index = index
         self.lease = lease
         self.worker = worker
         self.memory_bytes = memory_bytes
+        self.on_gpu = on_gpu
         self.lock = threading.RLock()
         self.watched: dict[int, tensors.Freed] = {}
         """A watch on every handle that something looks at."""

@@ -28,6 +28,7 @@ class Greeting:
     token: str
     torch: str
     device: str
+    """What it computes on, by PyTorch's name: `cpu`, `cuda:1`."""
     memory_bytes: int
     grace_s: float
     security: tls.Listener | None

@@ -209,13 +209,13 @@ storage_device_of: Callable[[Any], torch.device] = torch._C.StorageBase.device._
 """Returns a storage's real device."""
 
 
-device_name: Callable[[int], str] = str
-"""Returns the name of a worker's device, `CPU` or a GPU's; set by `device.register`."""
+is_gpu: Callable[[int], bool] = bool
+"""Returns whether the worker of a device has a GPU; set by `device.register`."""
 
 
 def is_on_gpu(tensor: torch.Tensor) -> bool:
     """Return whether the worker that has a tensor has it on a GPU."""
-    return device_name(device_of(tensor).index) != "CPU"
+    return is_gpu(device_of(tensor).index)
 
 
 def remote_of(tensor: torch.Tensor) -> Remote | None:

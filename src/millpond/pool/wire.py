@@ -90,6 +90,7 @@ class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
     torch: Name
     proof: Nonce
     device: Name = ""
+    """What it computes on, by PyTorch's name: `cpu`, `cuda:1`."""
     memory_bytes: Size = 0
     grace_s: Seconds = 0.0
     """How long a lease, and a session, outlives a break of the network."""

@@ -104,7 +104,7 @@ class Worker:
             lease=orders.lease,
             token=orders.token,
             torch=self.torch_version,
-            device=_name(orders.device),
+            device=orders.device,
             memory_bytes=orders.memory_bytes,
             grace_s=orders.grace_s,
             security=self.security,
@@ -225,14 +225,6 @@ def _limit_data(size: int) -> None:
     hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
     wanted = used + size
     resource.setrlimit(resource.RLIMIT_DATA, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
-
-
-def _name(device: str) -> str:
-    if device == "cpu":
-        return "CPU"
-    import torch
-
-    return torch.cuda.get_device_name(torch.device(device))[:100]
 
 
 if __name__ == "__main__":
