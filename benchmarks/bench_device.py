@@ -31,6 +31,7 @@ ROUNDS = 5
 NOT_MEASURED = [
     "everything on a GPU: local against pool, eager and captured, CUDA graphs, the sizes of the references",
     "the targets of 99 % (eager, steps of 20 ms or more), 100 % and 95 % (captured) on GPU kernels",
+    "on a real GPU at all: fused attention as it chooses, recurrent layers by cuDNN, graphs recorded as CUDA graphs",
     "two machines: all links here are within one; RoCE and InfiniBand",
 ]
 

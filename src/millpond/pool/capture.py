@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from millpond.pool import codec, wire
+from millpond.pool import codec, lerp, wire
 from millpond.pool.plan import SIZED, Plan, convolution_format, tensors_of
 from millpond.pool.session import Session
 from millpond.pool.tensors import DEVICE, Geometry, Mold, Remote, remote_of
@@ -360,6 +360,7 @@ class _Call(torch.nn.Module):
 def _capture(module: torch.fx.GraphModule, examples: Sequence[Any]) -> Callable[..., Any]:
     (output,) = module.graph.find_nodes(op="output")
     if not any(getattr(node.meta.get("example_value"), "requires_grad", False) for node in output.all_input_nodes):
+        lerp.fuse(module)
         return Captured(module)  # autograd has no part in it, so it may write in place
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch._aot_autograd.utils import make_boxed_func
