@@ -33,6 +33,22 @@ for function in (
 one, two = torch.empty(0, 2, dtype=torch.int64), torch.rand(2, 3)  # two values for one place
 alike(torch.sparse_coo_tensor(one.to("pool"), two.to("pool"), (3,)).coalesce(), torch.sparse_coo_tensor(one, two, (3,)))
 alike(torch.sparse_coo_tensor(one.to("pool"), two.to("pool"), (3,)), torch.sparse_coo_tensor(one, two, (3,)))
+alike(torch.ones(3, device="pool").sparse_mask(torch.sparse_coo_tensor(one, two, (3,), device="pool")),
+      torch.ones(3).sparse_mask(torch.sparse_coo_tensor(one, two, (3,)).coalesce()) * 2)
+grown = torch.ones(3, device="pool").add_(torch.sparse_coo_tensor(one, two, (3,), device="pool"))
+torch.testing.assert_close(grown.cpu(), 1 + two.sum(0))
+learned = two.to("pool").requires_grad_()
+torch.sparse_coo_tensor(one, learned, (3,), device="pool").coalesce().values().sum().backward()
+assert torch.equal(learned.grad.cpu(), torch.ones(2, 3))
+for number in (torch.tensor(0.0), torch.tensor(2.0)):
+    assert number.to("pool").to_sparse(0).values().cpu().equal(number.to_sparse(0).values())
+for wrong in (0, 3, -1):
+    try:
+        dense.to("pool").to_sparse(wrong)
+    except RuntimeError as error:
+        assert "sparse_dim must be in 1..2" in str(error), error
+    else:
+        raise AssertionError(wrong)
 assert there.coalesce().norm().item() == host.coalesce().norm().item()
 assert "sparse_coo" in repr(there)
 

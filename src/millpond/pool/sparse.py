@@ -128,12 +128,22 @@ def coalesce(tensor: Tensor) -> Tensor:
     return _make(indices, summed, tensor, True)
 
 
+def _at(tensor: Tensor, indices: Tensor) -> Tensor:
+    """Return what a dense tensor has at places; without a sparse dimension each place is all of it."""
+    return tensor[tuple(indices)] if len(indices) else tensor.repeat(indices.size(1), *[1] * tensor.dim())
+
+
+def _put(tensor: Tensor, indices: Tensor, values: Tensor) -> Tensor:
+    """Add values to a dense tensor at their places, in place."""
+    if not len(indices):
+        return tensor.add_(values.sum(0))
+    return tensor.index_put_(tuple(indices), values, accumulate=True)
+
+
 def to_dense(tensor: Tensor, dtype: torch.dtype | None = None, masked_grad: bool | None = None) -> Tensor:
     """`to_dense`."""
     values = tensor._values() if dtype is None else tensor._values().to(dtype)
-    if not tensor.sparse_dim():
-        return values.sum(0)
-    return values.new_zeros(tensor.shape).index_put_(tuple(tensor._indices()), values, accumulate=True)
+    return _put(values.new_zeros(tensor.shape), tensor._indices(), values)
 
 
 def to_copy(tensor: Tensor, **options: Any) -> Tensor:
@@ -176,7 +186,7 @@ def add_(left: Tensor, right: Tensor, *, alpha: Any = 1) -> Tensor:
     if left.layout is torch.sparse_coo:
         return left.copy_(add(left, right, alpha=alpha))
     values = (right._values() * alpha).to(left.dtype)
-    return left.index_put_(tuple(right._indices()), values, accumulate=True)
+    return _put(left, right._indices(), values)
 
 
 def mm(left: Tensor, right: Tensor) -> Tensor:
@@ -199,16 +209,18 @@ def sparse_mask(tensor: Tensor, mask: Tensor) -> Tensor:
     """Return the values of a dense tensor at the places that `mask` has."""
     if tensor.layout is not torch.strided:
         tensor = to_dense(tensor)
-    return _make(mask._indices().clone(), tensor[tuple(mask._indices())], mask, mask.is_coalesced())
+    return _make(mask._indices().clone(), _at(tensor, mask._indices()), mask, mask.is_coalesced())
 
 
 def to_sparse(tensor: Tensor, sparse_dim: int) -> Tensor:
     """Return the values of a dense tensor that are not zero; what is below `sparse_dim` dimensions stays dense."""
+    if not min(tensor.dim(), 1) <= sparse_dim <= tensor.dim():
+        raise RuntimeError(f"sparse_dim must be in 1..{tensor.dim()} (0 for a number), but is {sparse_dim}")
     there = tensor != 0
     if sparse_dim < tensor.dim():
         there = there.flatten(sparse_dim).any(-1)
     indices = there.nonzero().t().contiguous()
-    values = tensor[tuple(indices)] if sparse_dim else tensor.unsqueeze(0)
+    values = _at(tensor, indices)
     options = {"dtype": tensor.dtype, "device": device_of(tensor), "layout": torch.sparse_coo, "is_coalesced": True}
     made: Tensor = aten._sparse_coo_tensor_with_dims_and_tensors(
         sparse_dim, tensor.dim() - sparse_dim, tensor.shape, indices, values, **options
