@@ -39,6 +39,16 @@ def test_what_the_wire_has_no_form_for_is_refused_and_the_session_goes_on():
     ):
         with pytest.raises(RuntimeError, match="only tensors with up to 64 dims are supported"):
             call()
+    for call in (
+        lambda: torch.empty(2**53, device="pool"),
+        lambda: torch.empty(2**40, 2**20, device="pool"),
+        lambda: torch.randperm(2**53 + 2, device="pool"),
+        lambda: one.expand(2**53).sum(),
+        lambda: one.repeat(2**50),
+        lambda: torch.zeros(0, device="pool").resize_(2**53),
+    ):
+        with pytest.raises(torch.OutOfMemoryError, match="none holds a tensor of"):
+            call()
     with pytest.raises(RuntimeError, match=r"aten::cat\(.*\) is no call that the pool can send"):
         torch.cat([one] * 70_000)
     assert torch.equal(one.cpu(), torch.ones(1))

@@ -93,6 +93,11 @@ def extent(sizes: tuple[int, ...], strides: tuple[int, ...], offset: int = 0) ->
     """
     if len(sizes) != len(strides) or math.prod(sizes) > MAX_ELEMENTS:
         raise WireError(f"sizes {list(sizes)} with strides {list(strides)} are no tensor's")
+    return span(sizes, strides, offset)
+
+
+def span(sizes: tuple[int, ...], strides: tuple[int, ...], offset: int = 0) -> int:
+    """Return how many elements of a storage a view reaches into, for one that is known to be a tensor's."""
     if 0 in sizes:
         return 0
     return offset + 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))

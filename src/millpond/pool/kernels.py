@@ -320,7 +320,7 @@ def resize_(tensor: Tensor, sizes: Any, *, memory_format: torch.memory_format | 
 
 def resize(tensor: Tensor, sizes: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
     """Give a tensor other sizes; its storage grows if it must, and keeps what it has."""
-    span = codec.extent(sizes, strides, int(tensor.storage_offset()))
+    span = codec.span(sizes, strides, int(tensor.storage_offset()))
     storage = tensor.untyped_storage()
     if span * tensor.itemsize > storage.nbytes():
         device = device_of(tensor)

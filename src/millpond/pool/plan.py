@@ -342,7 +342,8 @@ def _infer(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         several = isinstance(value, (list, tuple))
         plan.counts.append(len(value) if several else None)
         for tensor in value if several else (value,):
-            _require_few(0 if tensor is None else tensor.dim())
+            if tensor is not None:
+                _require_form(tensor)
             plan.molds.append(None if tensor is None else Mold(tensor.dtype, tensor.shape, tensor.stride(), plan.index))
 
 
@@ -359,9 +360,12 @@ def _lay_out(results: Any, form: torch.memory_format) -> Any:
     return results if results is None or results.dim() < 4 else results.to(memory_format=form)
 
 
-def _require_few(dims: int) -> None:
-    if dims > wire.MAX_DIMS:
+def _require_form(tensor: Tensor) -> None:
+    """Raise what PyTorch does where a tensor has more dimensions or elements than the wire takes."""
+    if tensor.dim() > wire.MAX_DIMS:
         raise RuntimeError(f"only tensors with up to {wire.MAX_DIMS} dims are supported")
+    if tensor.numel() > codec.MAX_ELEMENTS:
+        raise torch.OutOfMemoryError(f"Pool device out of memory: none holds a tensor of {list(tensor.shape)}.")
 
 
 class _Writer:
@@ -375,7 +379,7 @@ class _Writer:
     def write(self, value: Any, scalar: bool) -> Any:
         kind = type(value)
         if isinstance(value, Tensor):
-            _require_few(value.dim())
+            _require_form(value)
             remote = remote_of(value)
             if remote is None:
                 return self._slot(codec.DTYPE_NAMES[value.dtype])
@@ -409,7 +413,7 @@ def on_meta(value: Any) -> Any:
         if remote_of(value) is None:
             return value
         offset = int(value.storage_offset())
-        span = codec.extent(tuple(value.shape), value.stride(), offset)
+        span = codec.span(tuple(value.shape), value.stride(), offset)
         meta = torch.empty(span, dtype=value.dtype, device="meta").as_strided(value.shape, value.stride(), offset)
         meta = torch._conj(meta) if value.is_conj() else meta
         return torch._neg_view(meta) if value.is_neg() else meta

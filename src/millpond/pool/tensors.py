@@ -16,6 +16,8 @@ from typing import Any, Protocol
 
 import torch
 
+from millpond.pool import codec
+
 DEVICE = "pool"
 """The name of the device type."""
 
@@ -145,7 +147,7 @@ class Mold:
         self.dtype, self.sizes, self.strides = dtype, tuple(sizes), tuple(strides)
         self.device = torch.device(DEVICE, index)
         self.geometry: Geometry = (dtype, torch.Size(sizes), self.strides, 0)
-        self.nbytes = _span(self.sizes, self.strides) * dtype.itemsize
+        self.nbytes = codec.span(self.sizes, self.strides) * dtype.itemsize
         self.room = self.nbytes // _ALIGNMENT * _ALIGNMENT + _ALIGNMENT
         self._managed = None
         if dtype in _CODES:
@@ -221,9 +223,3 @@ def is_on_gpu(tensor: torch.Tensor) -> bool:
 def remote_of(tensor: torch.Tensor) -> Remote | None:
     """Return what a tensor's storage stands for; None for one that is not the pool's."""
     return getattr(tensor.untyped_storage(), "remote", None)
-
-
-def _span(sizes: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    if 0 in sizes:
-        return 0
-    return 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
