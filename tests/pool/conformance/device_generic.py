@@ -77,16 +77,24 @@ def compare(file: Path, directory: Path, only: str = "") -> list[Result]:
         Site(directory, program, str(file), "cpu", leased=False) as host,
         Site(directory, program, str(file), "pool") as pool,
     ):
-        both = set(pool.run({})["names"])
+        both = set(_names(pool, file))
         names = [
             name
-            for name in host.run({})["names"]
+            for name in _names(host, file)
             if name in both and re.search(only, name) and not re.search(LEFT_OUT, name)
         ]
         shown = rich.progress.track(names, file.name, console=console)
         counted = [name for name in shown if host.run({"name": name})["outcome"] == "pass"]
         shown = rich.progress.track(counted, f"{file.name} on the pool", console=console)
         return [{"file": file.name, **pool.run({"name": name})} for name in shown]
+
+
+def _names(site: Site, file: Path) -> list[str]:
+    answer = site.run({})
+    if "names" not in answer:
+        log = (site.directory / "program.log").read_text().strip()
+        raise SystemExit(f"{file} cannot be loaded: {log.splitlines()[-1] if log else answer['message']}")
+    return answer["names"]  # type: ignore[no-any-return]
 
 
 def row(file: str, results: Sequence[Result]) -> str:
