@@ -55,10 +55,12 @@ _FILE_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-DEFAULTS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-"""What a worker is given where its host says nothing: without it, cuBLAS refuses a program that wants determinism.
+DEFAULTS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "OMP_WAIT_POLICY": "PASSIVE"}
+"""What a worker is given where its host says nothing.
 
-PyTorch's own workspace on Hopper has that size; on older GPUs it is 8 instead of 32 MiB.
+Without the first, cuBLAS refuses a program that wants determinism. PyTorch's own workspace on Hopper has that size; on
+older GPUs it is 8 instead of 32 MiB. By the second, threads that wait for one another sleep: they would spin for
+milliseconds, on cores that a lease's client, or another lease's worker, could use.
 """
 
 

@@ -143,7 +143,7 @@ def test_a_worker_inherits_no_secrets():
     assert inherited.keys() - confine.DEFAULTS == {
         *("CUDA_VISIBLE_DEVICES", "LC_ALL", "OMP_NUM_THREADS", "PATH", "PYTHONPATH")
     }
-    chosen = {"CUBLAS_WORKSPACE_CONFIG": ":16:8"}
+    chosen = {"CUBLAS_WORKSPACE_CONFIG": ":16:8", "OMP_WAIT_POLICY": "ACTIVE"}
     assert confine.environment(chosen) == chosen
     assert confine.environment(os.environ | {"MILLPOND_POOL_CONFINE": "no"})["MILLPOND_POOL_CONFINE"] == "no"
 
