@@ -13,6 +13,7 @@ import hypothesis
 import psutil
 import pytest
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin take the cores of other tests
 hypothesis.settings.register_profile("shared machine", deadline=None)  # a slow moment of the machine is no failure
 hypothesis.settings.load_profile("shared machine")
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from millpond import confine
 from millpond.pool import attach, tls, transport, wire
 from millpond.pool.errors import ConnectionLost
 from millpond.pool.host import WORKER_COMMAND
@@ -65,6 +66,7 @@ class WorkerProcess:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
+                env=confine.environment(os.environ),
             )
         assert self.process.stdin is not None
         files = files or tls.Files()
