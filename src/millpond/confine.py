@@ -92,6 +92,7 @@ def confine(*, gpu: bool, connects: bool, files: Iterable[str] = (), writes: str
         return f"this host's kernel has no Landlock ({os.strerror(ctypes.get_errno())})"
     if not _restrict(version, gpu, connects, files, writes):
         return f"this host's kernel refuses a Landlock ruleset ({os.strerror(ctypes.get_errno())})"
+    os.environ["PATH"] = ""  # none can be run: Python would look for a library by a compiler, and fail on finding one
     others = len(os.listdir("/proc/self/task")) - 1  # noqa: PTH208
     return f"{others} thread(s) began before" if others else ""
 
