@@ -8,6 +8,7 @@ See docs/decisions/0007-cuda-is-a-name-of-the-pool-device.md.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -151,7 +152,9 @@ def _make_factories(library: torch.library.Library) -> None:
         op = getattr(getattr(aten, packet), overload or "default")
         arguments = op._schema.arguments
         if any(a.name == "device" for a in arguments) and not any("Tensor" in str(a.type) for a in arguments):
-            library.impl(name, _factory(op), "CUDA")  # type: ignore[no-untyped-call]
+            with warnings.catch_warnings():  # PyTorch's build for CUDA has its own there
+                warnings.filterwarnings("ignore", "Warning only once for all operators")
+                library.impl(name, _factory(op), "CUDA")  # type: ignore[no-untyped-call]
 
 
 def _factory(op: torch._ops.OpOverload) -> Callable[..., Tensor]:
