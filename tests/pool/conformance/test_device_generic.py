@@ -21,7 +21,7 @@ class TestSome(TestCase):
     def test_fails_on_the_pool(self, device):
         self.assertEqual(torch.device(device).type, "cpu")
 
-    def test_fails_late_on_the_pool(self, device):
+    def test_fails_at_the_worker(self, device):
         index = torch.tensor([7], device=device)
         if torch.device(device).type != "cpu":
             torch.ones(3, device=device).index_select(0, index)
@@ -55,11 +55,11 @@ def test_tests_that_pass_on_the_host_are_run_on_the_pool(tmp_path: Path):
         "passes_float32": "pass",
         "passes_int64": "pass",
         "fails_on_the_pool": "fail",
-        "fails_late_on_the_pool": "fail",
+        "fails_at_the_worker": "fail",
         "ends_the_process_on_the_pool": "crash",
         "is_for_the_host": "skipped",
     }
-    assert came["fails_late_on_the_pool"][1].startswith("IndexError, late: ")
+    assert came["fails_at_the_worker"][1].startswith("IndexError: index out of range")  # each op is waited for
     assert came["ends_the_process_on_the_pool"][1] == "the program ended: exit status 3"
     written = page({"test_some.py": results})
     assert "| `test_some.py` | 6 | 2 | 3 | 1 |" in written
