@@ -38,7 +38,9 @@ def install(library: torch.library.Library, module: Any) -> None:
     _shown_devices.extend(torch.device(NAME, index) for index in range(module.device_count()))
     _device_constructors()  # the mode of a default device knows functions by identity: PyTorch's own, not ours
     DeviceContext.__init__ = _mode_meaning_pool(DeviceContext.__init__)  # type: ignore[method-assign]
-    _make_factories(library)
+    with warnings.catch_warnings():  # PyTorch's build for CUDA has factories of its own
+        warnings.filterwarnings("ignore", "Warning only once for all operators")
+        _make_factories(library)
     for owner, names in _TAKES_DEVICE:
         for name in names:
             setattr(owner, name, _meaning_pool(getattr(owner, name)))
@@ -152,9 +154,7 @@ def _make_factories(library: torch.library.Library) -> None:
         op = getattr(getattr(aten, packet), overload or "default")
         arguments = op._schema.arguments
         if any(a.name == "device" for a in arguments) and not any("Tensor" in str(a.type) for a in arguments):
-            with warnings.catch_warnings():  # PyTorch's build for CUDA has its own there
-                warnings.filterwarnings("ignore", "Warning only once for all operators")
-                library.impl(name, _factory(op), "CUDA")  # type: ignore[no-untyped-call]
+            library.impl(name, _factory(op), "CUDA")  # type: ignore[no-untyped-call]
 
 
 def _factory(op: torch._ops.OpOverload) -> Callable[..., Tensor]:

@@ -342,9 +342,11 @@ def _infer(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         several = isinstance(value, (list, tuple))
         plan.counts.append(len(value) if several else None)
         for tensor in value if several else (value,):
-            if tensor is not None:
-                _require_form(tensor)
-            plan.molds.append(None if tensor is None else Mold(tensor.dtype, tensor.shape, tensor.stride(), plan.index))
+            if tensor is None:
+                plan.molds.append(None)
+                continue
+            _require_form(tensor)
+            plan.molds.append(Mold(tensor.dtype, tensor.shape, tensor.stride(), plan.index))
 
 
 def convolution_format(x: Tensor, weight: Tensor) -> torch.memory_format:

@@ -55,23 +55,22 @@ them.
 
 REASONS = {
     "quantize": "quantized tensors are not on the pool",
-    "strided layout": "nested tensors of the strided layout are not on the pool",
+    "strided layout|Nested": "nested tensors of the strided layout are not on the pool",
     "LeaseOutOfMemory|out of memory": "it needs more than the lease's 4 GiB",
     "up to 64 dims": "a tensor on the wire has 64 dimensions at most",
     "part of a storage": "parts of storages are refused; parts of tensors are not",
-    "_cow_|_lazy_clone|storage_meta_errors|tensor_storage_type|map2?_ is only|scaler": "it asks for what a CPU has",
+    "_cow_|_lazy_clone|storage_meta_errors|tensor_storage_type|map2?_ is only": "it asks for what a CPU has",
     "the memory of a tensor": "another library cannot have the memory of a tensor that is elsewhere",
     "not triggered|no warning": "a warning of the worker's kernel is not passed on",
     "passed where a failure": "it passes on the pool, where PyTorch expects a failure",
     "does not match": "the same error in other words",
     "HigherOrderOperator": "the test's own operator is for the devices that it names",
     "nonsupported_dtypes|grad_and_gradgrad": "it expects of a GPU an error that a CPU worker has no cause for",
-    "grad_scal|pickle_gradscaler|alert_median": "it goes by the name of the device, which is two here: pool and cuda",
+    "grad_?scal|alert_median": "it goes by the name of the device, which is two here: pool and cuda",
     "feature_alpha_dropout": "it asks that some features are dropped and some are not, which this seed does not give",
     "transformerencoderlayer": "rows that are masked whole are zeros, and not what a GPU's fast path has",
     "max_pool3d_ndhwc": "the result of one volume without a batch is contiguous, where it could be channels last",
     "fast_path_mock": "the module's fast path is for the devices that PyTorch names",
-    "Nested": "nested tensors of the strided layout are not on the pool",
 }
 """Why a test fails that is not to be mended: by a regular expression for its name or message."""
 
